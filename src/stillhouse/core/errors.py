@@ -1,0 +1,38 @@
+"""Errors a user can act on: one line that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StillhouseError(Exception):
+    """Something the user can put right; the command line prints it as one line and exits with code 2."""
+
+
+class ConfigError(StillhouseError):
+    """A system, field or value that is not allowed."""
+
+
+class DataError(StillhouseError):
+    """A data file, record or data set that cannot be used."""
+
+
+class ModelError(StillhouseError):
+    """A model, tokenizer or checkpoint that cannot be used."""
+
+
+class RunError(StillhouseError):
+    """A run directory that cannot be used, or a run that cannot go on."""
+
+
+def suggest(name: str, known: Iterable[str], *, most: int = 3) -> str:
+    """Say which of the ``known`` names are nearest to ``name``: ``"; did you mean 'x'?"`` or the first few."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=most, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(repr(match) for match in close) + "?"
+    if not names:
+        return ""
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"; known: {shown}"
