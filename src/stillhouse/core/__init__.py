@@ -1,0 +1,1 @@
+"""The core: engine, stages, runs, players, objectives, observed models. It knows no domain and no method."""

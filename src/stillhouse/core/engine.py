@@ -1,0 +1,130 @@
+"""The engine: devices, precision, strategies and launch come from Lightning Fabric; here they are only configured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from stillhouse.core.errors import ConfigError, RunError
+
+
+def shard_blocks(module: nn.Module, mesh: Any) -> nn.Module:
+    """Shard a model with FSDP2: every entry of a ``ModuleList`` is a unit, and what is left is the root's."""
+    from torch.distributed.fsdp import fully_shard
+
+    data = mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                if any(True for _ in block.parameters()):
+                    fully_shard(block, mesh=data)
+    fully_shard(module, mesh=data)
+    return module
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """Where and how a run computes."""
+
+    accelerator: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    devices: Annotated[int, "processes on this machine; start several with `stillhouse launch`"] = 1
+    nodes: Annotated[int, "machines"] = 1
+    strategy: Annotated[str, "auto, ddp, fsdp2, or a DeepSpeed strategy name of Lightning Fabric"] = "auto"
+    precision: Annotated[
+        Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"], "number format of the computation"
+    ] = "32-true"
+    shard: Callable[[nn.Module, Any], nn.Module] = shard_blocks
+
+    def fabric(self) -> Fabric:
+        """Start Fabric; with several devices the processes must have been started by a launcher."""
+        world = self.devices * self.nodes
+        if world > 1 and "LOCAL_RANK" not in os.environ:
+            raise ConfigError(
+                f"devices={self.devices} needs {self.devices} processes: start this with "
+                f"`stillhouse launch --devices {self.devices} ...` or torchrun"
+            )
+        strategy: Any = self.strategy
+        if self.strategy == "ddp" or (self.strategy == "auto" and world > 1):
+            strategy = DDPStrategy(find_unused_parameters=True)
+        elif self.strategy == "fsdp2":
+            strategy = ModelParallelStrategy(self.shard, data_parallel_size=world, tensor_parallel_size=1)
+        try:
+            fabric = Fabric(
+                accelerator=self.accelerator,
+                devices=self.devices,
+                num_nodes=self.nodes,
+                strategy=strategy,
+                precision=self.precision,
+            )
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ConfigError(f"cannot start the engine: {' '.join(str(error).split())}") from error
+        fabric.launch()
+        return fabric
+
+
+def is_sharded(fabric: Fabric) -> bool:
+    """Whether parameters are split over processes."""
+    return isinstance(fabric.strategy, ModelParallelStrategy)
+
+
+def place(fabric: Fabric, module: nn.Module) -> nn.Module:
+    """Bring a model that no player trains to the engine's device, precision and sharding."""
+    if is_sharded(fabric):
+        fabric.strategy.setup_module(fabric.strategy.precision.convert_module(module))
+    else:
+        fabric.strategy.precision.convert_module(module).to(fabric.device)
+    return module
+
+
+def full(tree: Any) -> Any:
+    """A state tree with sharded tensors gathered; every process must call it."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor()
+    if isinstance(tree, dict):
+        return {key: full(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [full(value) for value in tree]
+    return tree
+
+
+def _like(saved: Tensor, live: Tensor) -> Tensor:
+    if isinstance(live, DTensor) and saved.shape == live.shape:
+        return distribute_tensor(saved.to(live.device), live.device_mesh, live.placements)
+    return saved
+
+
+@torch.no_grad()
+def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy a full state dict into a module whose parameters may be sharded."""
+    live = module.state_dict()
+    if live.keys() != state.keys():
+        missing = sorted(live.keys() ^ state.keys())
+        raise RunError(f"the checkpoint does not fit the model: {len(missing)} names differ, such as {missing[0]!r}")
+    for name, tensor in live.items():
+        tensor.copy_(_like(state[name], tensor))
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a full optimizer state into an optimizer whose parameters may be sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                values[key] = _like(value, parameters[index])
+    optimizer.load_state_dict(state)
+
+
+def average_gradients(fabric: Fabric, parameters: list[nn.Parameter]) -> None:
+    """Average the gradients of parameters that no wrapper synchronises: those of objectives."""
+    if fabric.world_size > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]

@@ -1,0 +1,515 @@
+"""The gradient stage: one loop for every method. What differs between methods stands in their players."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.core.artifact import Saver
+from stillhouse.core.checkpoint import Checkpoints, random_state, restore_random_state
+from stillhouse.core.engine import (
+    average_gradients,
+    full,
+    is_sharded,
+    load_module_state,
+    load_optimizer_state,
+    place,
+)
+from stillhouse.core.errors import RunError
+from stillhouse.core.monitor import PeakMemory
+from stillhouse.core.objective import TermValue, gradient_shares, total
+from stillhouse.core.observed import Observed, Turn, as_batch
+from stillhouse.core.player import Player
+from stillhouse.core.schedule import Progress
+from stillhouse.core.source import Source, as_source
+from stillhouse.core.stage import Context, Stage
+
+Players = Player | Sequence[Player]
+
+
+class Interrupted(RunError):
+    """The user or the scheduler asked the run to stop; its state is saved."""
+
+
+class Train(Stage):
+    """``for step: batch -> for each player whose turn it is: objective, backward, clip, step, EMA``.
+
+    Args:
+        name: names the stage.
+        players: one or several, or a function that builds them (not called when the stage is already done).
+        source: a `Source`, or any iterable of batches; players with a source of their own do not read it.
+        steps: optimizer steps; with ``accumulate`` micro-batches each.
+        together: all players whose turn it is read the same forwards and step at the same time; otherwise each sees
+            the weights the one before it has just updated.
+        evaluate: called every ``eval_every`` steps (default: ten times) and at the end; returns named figures.
+        best: a figure of ``evaluate``; the weights with the best value become the result. Put ``-`` before a figure
+            where more is better (``"-accuracy"``).
+        patience: stop after so many evaluations without a better ``best``.
+        result: the module whose weights are the artifact; by default the first player's EMA or first model.
+        save: writes the artifact; by default `save_artifact`.
+        log_every: steps between lines in ``metrics.jsonl``.
+        shares_every: steps between measurements of each term's gradient share (default: twenty times); 0 turns it off.
+        checkpoint_every: steps between checkpoints; by default the run's ``checkpoint_minutes`` decide.
+        compile: compile the models players train, with ``torch.compile``; its options if a mapping.
+        cache: see `Stage`.
+    """
+
+    kind = "Train"
+
+    def __init__(
+        self,
+        name: str,
+        players: Players | Callable[[], Players],
+        *,
+        source: Any = None,
+        steps: int,
+        accumulate: int = 1,
+        together: bool = False,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        eval_every: int | None = None,
+        best: str | None = None,
+        patience: int | None = None,
+        result: nn.Module | None = None,
+        save: Saver | None = None,
+        log_every: int = 10,
+        shares_every: int | None = None,
+        checkpoint_every: int | None = None,
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 - PyTorch's word
+        cache: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(name, cache=cache)
+        self.players = players
+        self.source = source
+        self.steps = steps
+        self.accumulate = accumulate
+        self.together = together
+        self.evaluate = evaluate
+        self.eval_every = eval_every or max(1, steps // 10)
+        self.best = best
+        self.patience = patience
+        self.result = result
+        self.save = save
+        self.log_every = log_every
+        self.shares_every = max(1, steps // 20) if shares_every is None else shares_every
+        self.checkpoint_every = checkpoint_every
+        self.compile = compile
+
+    def execute(self, context: Context) -> str:
+        built = self.players() if callable(self.players) else self.players
+        players = [built] if isinstance(built, Player) else list(built)
+        loop = _Loop(self, context, players)
+        with ExitStack() as stack:
+            stack.callback(loop.close)
+            loop.run()
+            return loop.finish()
+
+
+class _Loop:
+    """One execution of a `Train` stage."""
+
+    def __init__(self, stage: Train, context: Context, players: list[Player]) -> None:
+        self.stage, self.context, self.players = stage, context, players
+        self.run_ = context.run
+        self.fabric = context.run.fabric
+        self.sharded = is_sharded(self.fabric)
+        self.checkpoints = Checkpoints(context.folder / "checkpoints")
+        self.memory = PeakMemory()
+        self.step = 0
+        self.elapsed = 0.0
+        self.best: dict[str, Any] = {"value": math.inf, "step": -1, "waited": 0, "state": None}
+        self.figures: dict[str, float] = {}
+        self.buffer: list[tuple[int, str, list[TermValue], Tensor | None]] = []
+        self.shares: dict[str, dict[str, float]] = {}
+        self._stop_signal: int | None = None
+
+        self.sources: dict[str, Source] = {}
+        for player in players:
+            chosen = player.source if player.source is not None else stage.source
+            if chosen is None:
+                raise RunError(f"stage {stage.name!r}: player {player.name!r} has no source of batches")
+            self.sources[player.name] = as_source(chosen)
+        if len(self.sources) < len(players):
+            raise RunError(f"stage {stage.name!r}: two players have the same name")
+        for source in self._streams():
+            if hasattr(source, "shard"):
+                source.shard = (self.fabric.global_rank, self.fabric.world_size)
+        self._set_up()
+
+    # -- setting up -------------------------------------------------------------------------------------------------
+
+    def _streams(self) -> list[Source]:
+        return list({id(source): source for source in self.sources.values()}.values())
+
+    def _models(self, player: Player) -> list[Observed]:
+        assert not isinstance(player.models, Observed)
+        return list(player.models)
+
+    def _set_up(self) -> None:
+        fabric = self.fabric
+        trained = {id(m.module): m for player in self.players for m in self._models(player)}
+        heard = {id(m.module): m for player in self.players for m in player.objective.observed()}
+        self._check_disk()
+        self.skeleton = copy.deepcopy(self._result()).to("meta") if self.sharded else None
+        if self.stage.compile:
+            options = self.stage.compile if isinstance(self.stage.compile, Mapping) else {}
+            signals = [signal for player in self.players for signal in player.objective.signals()]
+            for key, model in trained.items():
+                addresses = {s.address for s in signals if id(s.observed.module) == key}
+                model.tapped.compile(addresses, **options)
+        self.engines = {key: fabric.setup_module(model.tapped) for key, model in trained.items()}
+        for key, model in heard.items():
+            if key not in trained:
+                place(fabric, model.tapped)
+        for player in self.players:
+            player.objective.to(fabric.device)
+            if player.ema is not None:
+                place(fabric, player.ema.module)
+        self.parameters = {player.name: player.parameters() for player in self.players}
+        built = [player.optimizer([{"params": self.parameters[player.name]}]) for player in self.players]
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in built]
+        self.optimizers = [fabric.setup_optimizers(optimizer) for optimizer in built]
+        for model in trained.values():
+            model.module.train(model.mode == "train")
+
+    def _check_disk(self) -> None:
+        weights = sum(
+            parameter.numel() * parameter.element_size()
+            for player in self.players
+            for parameter in self._all_parameters(player)
+        )
+        needed = 8 * weights  # weights and two moments, the old checkpoint kept until the new one is whole; the result
+        free = shutil.disk_usage(self.context.folder).free
+        if needed > free:
+            raise RunError(
+                f"stage {self.stage.name!r} needs about {needed / 2**20:,.0f} MiB for checkpoints and its result, but "
+                f"{self.context.folder} has {free / 2**20:,.0f} MiB free; free some space or choose another output"
+            )
+
+    def _all_parameters(self, player: Player) -> Iterator[nn.Parameter]:
+        for model in self._models(player):
+            yield from model.module.parameters()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        stage = self.stage
+        self._restore()
+        begun = time.monotonic() - self.elapsed
+        saved = time.monotonic()
+        with self._signals(), self.run_.progress(stage.name, stage.steps) as bar:
+            bar.update(self.step)
+            while self.step < stage.steps and not self._patience_spent():
+                self._one_step()
+                self.step += 1
+                self.elapsed = time.monotonic() - begun
+                last = self.step == stage.steps
+                if self.step % stage.log_every == 0 or last:
+                    bar.update(self.step, self._log())
+                if stage.evaluate is not None and (self.step % stage.eval_every == 0 or last):
+                    self._evaluate()
+                if self._checkpoint_due(saved) or self._stop_signal is not None:
+                    self._log()
+                    self._save_checkpoint()
+                    saved = time.monotonic()
+                if self._stop_signal is not None:
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {stage.steps}; go on with: stillhouse resume {self.run_.folder}"
+                    )
+            self._log()
+
+    def _one_step(self) -> None:
+        playing = [i for i, player in enumerate(self.players) if player.plays(self.step)]
+        if self.stage.together:
+            self._turn(playing)
+            return
+        shared: list[Any] | None = None
+        for index in playing:
+            player = self.players[index]
+            for repeat in range(player.repeats):
+                if player.source is not None or repeat or shared is None:
+                    batches = self._draw(player)
+                    if player.source is None and not repeat:
+                        shared = batches
+                else:
+                    batches = shared
+                self._turn([index], batches)
+
+    def _draw(self, player: Player) -> list[Any]:
+        source = self.sources[player.name]
+        return [as_batch(self.fabric.to_device(next(source))) for _ in range(self.stage.accumulate)]
+
+    def _turn(self, playing: Sequence[int], batches: list[Any] | None = None) -> None:
+        """Objective, backward and step for the players of this turn, which read the same forwards."""
+        if not playing:
+            return
+        players = [self.players[i] for i in playing]
+        batches = batches or self._draw(players[0])
+        progress = Progress(self.step, self.stage.steps, self.sources[players[0].name].epoch)
+        for index in playing:
+            self.optimizers[index].zero_grad()
+        with self._live(players) as wrapped:
+            turn = Turn((s for p in players for s in p.objective.signals()), autocast=self.fabric.autocast)
+            for micro, batch in enumerate(batches):
+                with ExitStack() as stack:
+                    for engine in wrapped:
+                        stack.enter_context(self.fabric.no_backward_sync(engine, enabled=micro < len(batches) - 1))
+                    for index in playing:
+                        self._backward(self.players[index], turn, batch, progress, keep=index != playing[-1])
+                turn.clear()
+        for index in playing:
+            self._update(index, progress)
+
+    def _backward(self, player: Player, turn: Turn, batch: Any, progress: Progress, *, keep: bool) -> None:
+        with self.fabric.autocast():
+            values = player.objective.evaluate(turn, batch, progress)
+        stage = self.stage
+        if stage.shares_every and self.step % stage.shares_every == 0 and len(values) > 1 and not self.sharded:
+            self.shares[player.name] = gradient_shares(values, self.parameters[player.name])
+        loss = total(values)
+        self.buffer.append(
+            (self.step, player.name, [TermValue(v.name, v.value.detach(), v.weight, v.extras) for v in values], None)
+        )
+        if self.fabric.device.type == "cpu" and not math.isfinite(loss.item()):
+            self._log()
+        # Players that share a turn must not leave gradients in each other's weights.
+        only = {"inputs": self.parameters[player.name]} if stage.together and not self.sharded else {}
+        if loss.requires_grad:
+            self.fabric.backward(loss / stage.accumulate, retain_graph=keep or None, **only)
+
+    def _update(self, index: int, progress: Progress) -> None:
+        player, optimizer = self.players[index], self.optimizers[index]
+        parameters = self.parameters[player.name]
+        average_gradients(self.fabric, list(player.objective.parameters()))
+        for group, rate in zip(optimizer.param_groups, self.rates[index], strict=True):
+            group["lr"] = rate * player.lr(progress)
+        if player.clip is not None:
+            self.fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, player.clip)
+            step, name, values, _ = self.buffer[-1]
+            self.buffer[-1] = (step, name, values, full(norm))
+        optimizer.step()
+        if player.ema is not None:
+            player.ema.update(progress)
+
+    @contextmanager
+    def _live(self, players: Sequence[Player]) -> Iterator[list[nn.Module]]:
+        """Route the players' models through their wrappers, and switch off gradients of the others' weights."""
+        mine = {id(m.module): m for player in players for m in self._models(player)}
+        mine_parameters = {id(p) for player in players for p in self.parameters[player.name]}
+        theirs = [p for ps in self.parameters.values() for p in ps if id(p) not in mine_parameters]
+        try:
+            for key, model in mine.items():
+                model.engine = self.engines[key]
+            if not self.sharded:  # FSDP2 copies requires_grad once; there the next zero_grad clears what leaked
+                for parameter in theirs:
+                    parameter.requires_grad_(False)
+            yield [self.engines[key] for key in mine]
+        finally:
+            for model in mine.values():
+                model.engine = model.tapped
+            if not self.sharded:
+                for parameter in theirs:
+                    parameter.requires_grad_(True)
+
+    # -- figures ----------------------------------------------------------------------------------------------------
+
+    def _log(self) -> str:
+        """Write the mean of what was buffered since the last line; a value that is not finite ends the run here."""
+        note = ""
+        for player, optimizer in zip(self.players, self.optimizers, strict=True):
+            rows = [entry for entry in self.buffer if entry[1] == player.name]
+            if not rows:
+                continue
+            names = [value.name for value in rows[0][2]]
+            table = torch.stack([torch.stack([v.value.float() for v in values]) for _, _, values, _ in rows])
+            table = self.fabric.all_reduce(table, reduce_op="mean")  # type: ignore[assignment]
+            self._check_finite(rows, names, table)
+            weights = [sum(row[2][i].weight for row in rows) / len(rows) for i in range(len(names))]
+            means = table.mean(0).tolist()
+            norms = [float(norm) for *_, norm in rows if norm is not None]
+            record: dict[str, Any] = {
+                "step": self.step,
+                "kind": "train",
+                "player": player.name,
+                "loss": sum(w * m for w, m in zip(weights, means, strict=True)),
+                "terms": {n: {"value": m, "weight": w} for n, m, w in zip(names, means, weights, strict=True)},
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": self.elapsed,
+            }
+            if norms:
+                record["grad_norm"] = sum(norms) / len(norms)
+            for name, share in self.shares.pop(player.name, {}).items():
+                record["terms"][name]["share"] = share
+            extras = {f"{v.name}.{key}": float(x) for v in rows[-1][2] for key, x in v.extras.items()}
+            if extras:
+                record["values"] = extras
+            self.context.metrics.append(record)
+            scalars = {f"{player.name}/{n}": m for n, m in zip(names, means, strict=True)}
+            self.context.metrics.track({f"{player.name}/loss": record["loss"], **scalars, **extras}, self.step)
+            note += f"{player.name} {record['loss']:.4f}  "
+        self.buffer.clear()
+        return note + "  ".join(f"{name} {value:.4g}" for name, value in list(self.figures.items())[:2])
+
+    def _check_finite(self, rows: list[Any], names: list[str], table: Tensor) -> None:
+        bad = (~torch.isfinite(table)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            step, player = rows[row][0], rows[row][1]
+            kept = self.checkpoints.all()
+            where = f"the checkpoint of step {int(kept[-1].name)} is kept" if kept else "no checkpoint was made yet"
+            raise RunError(
+                f"stage {self.stage.name!r}, step {step}: term {names[column]!r} of player {player!r} became "
+                f"{table[row, column].item()}; {where}; lower the learning rate, clip gradients, or look at the data"
+            )
+
+    def _evaluate(self) -> None:
+        """Evaluate in eval mode, leaving the random state as it was: how often one looks must not change the run."""
+        assert self.stage.evaluate is not None
+        models = [m.module for player in self.players for m in self._models(player)]
+        modes = [module.training for module in models]
+        state = random_state()
+        for module in models:
+            module.eval()
+        with torch.no_grad(), self.fabric.autocast():
+            self.figures = {name: float(value) for name, value in self.stage.evaluate().items()}
+        for module, mode in zip(models, modes, strict=True):
+            module.train(mode)
+        restore_random_state(state)
+        self.context.metrics.append({"step": self.step, "kind": "eval", "metrics": self.figures})
+        self.context.metrics.track(self.figures, self.step)
+        if self.stage.best is not None:
+            name = self.stage.best.removeprefix("-")
+            if name not in self.figures:
+                raise RunError(f"stage {self.stage.name!r}: best={name!r} is not among {', '.join(self.figures)}")
+            value = self.figures[name] * (-1 if self.stage.best.startswith("-") else 1)
+            if value < self.best["value"]:
+                state_dict = {key: t.clone() for key, t in full(self._result().state_dict()).items()}
+                self.best = {"value": value, "step": self.step, "waited": 0, "state": state_dict}
+            else:
+                self.best["waited"] += 1
+
+    def _patience_spent(self) -> bool:
+        return self.stage.patience is not None and self.best["waited"] >= self.stage.patience
+
+    # -- saving and going on ----------------------------------------------------------------------------------------
+
+    def _checkpoint_due(self, saved: float) -> bool:
+        if self.step == self.stage.steps:
+            return False
+        if self.stage.checkpoint_every is not None:
+            return self.step % self.stage.checkpoint_every == 0
+        if self.step % self.stage.log_every:
+            return False
+        due = time.monotonic() - saved > 60 * self.run_.checkpoint_minutes
+        return bool(self.fabric.broadcast(due)) if self.fabric.world_size > 1 else due
+
+    def _state(self) -> dict[str, Any]:
+        trained = {id(m.module): m.module for player in self.players for m in self._models(player)}
+        state: dict[str, Any] = {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "models": [module.state_dict() for module in trained.values()],
+            "objectives": [player.objective.state_dict() for player in self.players],
+            "optimizers": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
+            "ema": [player.ema.module.state_dict() if player.ema else None for player in self.players],
+            "sources": [source.state_dict() for source in self._streams()],
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "best": self.best,
+        }
+        random_states = [random_state()]
+        if self.fabric.world_size > 1:
+            random_states = [{}] * self.fabric.world_size
+            torch.distributed.all_gather_object(random_states, random_state())
+        return {**full(state), "random": random_states}
+
+    def _save_checkpoint(self) -> None:
+        state = self._state()
+        if self.run_.main:
+            self.checkpoints.save(self.step, state)
+        self.fabric.barrier()
+
+    def _restore(self) -> None:
+        state = self.checkpoints.latest()
+        self.context.metrics.rewrite(
+            [line for line in self.context.metrics.read() if line["step"] <= (state["step"] if state else 0)]
+        )
+        if state is None:
+            return
+        trained = {id(m.module): m.module for player in self.players for m in self._models(player)}
+        for module, saved in zip(trained.values(), state["models"], strict=True):
+            load_module_state(module, saved)
+        for player, optimizer, objective, moments, mean in zip(
+            self.players, self.optimizers, state["objectives"], state["optimizers"], state["ema"], strict=True
+        ):
+            player.objective.load_state_dict(objective)
+            load_optimizer_state(optimizer.optimizer, moments)
+            if player.ema is not None:
+                load_module_state(player.ema.module, mean)
+        for source, saved in zip(self._streams(), state["sources"], strict=True):
+            source.load_state_dict(saved)
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.best, self.step, self.elapsed = state["best"], state["step"], state["elapsed"]
+        if len(state["random"]) == self.fabric.world_size:
+            restore_random_state(state["random"][self.fabric.global_rank])
+
+    def _result(self) -> nn.Module:
+        first = self.players[0]
+        if self.stage.result is not None:
+            return self.stage.result
+        return first.ema.module if first.ema is not None else self._models(first)[0].module
+
+    def finish(self) -> str:
+        """Put the result together, save it, and drop the checkpoints."""
+        result = self._result()
+        if self.best["state"] is not None:
+            load_module_state(result, self.best["state"])
+            self.context.facts["best_step"] = self.best["step"]
+        self.context.results = {**self.figures, "steps": self.step}
+        if self.best["state"] is not None and self.stage.best:
+            name = self.stage.best.removeprefix("-")
+            self.context.results[name] = self.best["value"] * (-1 if self.stage.best.startswith("-") else 1)
+        self.context.facts.update(steps=self.step, peak_memory_mb=self.memory.mebibytes(), seconds=self.elapsed)
+        kind = "model"
+        if self.skeleton is not None:
+            self.skeleton.load_state_dict(full(result.state_dict()), assign=True)
+            result = self.skeleton
+        if self.run_.main:
+            kind = self.context.save(result, saver=self.stage.save)
+        self.fabric.barrier()
+        return kind
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Save and stop at the end of the step when interrupted (Ctrl-C, a scheduler's SIGTERM)."""
+
+        def note(number: int, _frame: Any) -> None:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        before: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's business
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def close(self) -> None:
+        """Leave the models as plain modules: no wrapper, gradients on."""
+        for player in self.players:
+            for model in self._models(player):
+                model.engine = model.tapped
+                model.module.eval()
