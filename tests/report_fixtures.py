@@ -41,9 +41,7 @@ def _teacher_lines() -> list[dict[str, Any]]:
         )
         if step % 400 == 0:
             value = 2.2 + 3.9 * math.exp(-step / 650) + noise.gauss(0, 0.01)
-            lines.append(
-                {"step": step, "kind": "eval", "metrics": {"val_loss": value, "perplexity": math.exp(value)}}
-            )
+            lines.append({"step": step, "kind": "eval", "metrics": {"val_loss": value, "perplexity": math.exp(value)}})
     return lines
 
 
@@ -89,9 +87,7 @@ def _student_lines() -> list[dict[str, Any]]:
             )
         if step % 100 == 0:
             value = 2.7 + 2.4 * math.exp(-step / 300) + noise.gauss(0, 0.01)
-            lines.append(
-                {"step": step, "kind": "eval", "metrics": {"val_loss": value, "perplexity": math.exp(value)}}
-            )
+            lines.append({"step": step, "kind": "eval", "metrics": {"val_loss": value, "perplexity": math.exp(value)}})
     return lines
 
 
@@ -196,7 +192,7 @@ def make_run(root: Path, *, status: str = "done", error: str | None = None) -> P
         {
             "name": "student",
             "kind": "Train",
-            "status": {"done": "done", "running": "running", "failed": "failed"}[status],
+            "status": "done" if status == "done" else "running",
             "seconds": 53.1,
             "peak_memory_mb": 812.0,
             "steps": 1200,
@@ -316,9 +312,7 @@ def make_run(root: Path, *, status: str = "done", error: str | None = None) -> P
         audit / "artifact" / "table.json",
         {
             "title": "Verbatim recall of training text",
-            "columns": [
-                {"key": "recall", "label": "recalled at 32 tokens", "format": ".2%", "better": "lower"}
-            ],
+            "columns": [{"key": "recall", "label": "recalled at 32 tokens", "format": ".2%", "better": "lower"}],
             "rows": [{"name": "teacher", "recall": 0.0312}, {"name": "student, taid", "recall": 0.0041}],
             "notes": [],
         },

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from stillhouse.core.errors import RunError
+from stillhouse.base.errors import RunError
 
 
 @dataclass(frozen=True)

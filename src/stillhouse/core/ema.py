@@ -28,6 +28,8 @@ class EMA:
         decay = resolve(self.decay, progress)
         live = dict(self.model.named_parameters())
         pairs = [(mean, live[name]) for name, mean in self.module.named_parameters()]
-        torch._foreach_lerp_([mean for mean, _ in pairs], [now.detach().to(mean.dtype) for mean, now in pairs], 1 - decay)
+        torch._foreach_lerp_(
+            [mean for mean, _ in pairs], [now.detach().to(mean.dtype) for mean, now in pairs], 1 - decay
+        )
         for mean, now in zip(self.module.buffers(), self.model.buffers(), strict=True):
             mean.copy_(now)

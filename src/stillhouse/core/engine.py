@@ -13,7 +13,7 @@ from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from stillhouse.core.errors import ConfigError, RunError
+from stillhouse.base.errors import ConfigError, RunError
 
 
 def shard_blocks(module: nn.Module, mesh: Any) -> nn.Module:
@@ -39,7 +39,8 @@ class Engine:
     nodes: Annotated[int, "machines"] = 1
     strategy: Annotated[str, "auto, ddp, fsdp2, or a DeepSpeed strategy name of Lightning Fabric"] = "auto"
     precision: Annotated[
-        Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"], "number format of the computation"
+        Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"],
+        "number format of the computation",
     ] = "32-true"
     shard: Callable[[nn.Module, Any], nn.Module] = shard_blocks
 
@@ -127,4 +128,4 @@ def average_gradients(fabric: Fabric, parameters: list[nn.Parameter]) -> None:
     if fabric.world_size > 1:
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
+                parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")

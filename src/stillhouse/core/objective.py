@@ -14,21 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.core.observed import Batch, Observed, Signal, Turn, as_batch
-from stillhouse.core.schedule import AdaptiveSchedule, Constant, Progress, Schedule, Scheduled, resolve
+from stillhouse.core.schedule import AdaptiveSchedule, Constant, Progress, Scheduled, resolve
 
 
 @dataclass
 class TermValue:
-    """One term at one step: its value, its weight, and scalars worth logging beside it."""
+    """One term at one step: its value, its weight, and scalars worth logging beside it.
+
+    Terms that one pass computes together (a divergence and a cross-entropy from the same chunks) have their sum in
+    the ``carrier`` of the first; the others carry zero.
+    """
 
     name: str
     value: Tensor
-    weight: float
+    weight: float = 1.0
     extras: dict[str, float | Tensor] = field(default_factory=dict)
+    carrier: Tensor | None = None
+    outer: float = 1.0  # product of the weights applied after the carrier was computed
 
     @property
     def weighted(self) -> Tensor:
-        return self.value if self.weight == 1.0 else self.weight * self.value
+        factor, tensor = (self.weight, self.value) if self.carrier is None else (self.outer, self.carrier)
+        return tensor if factor == 1.0 else factor * tensor
 
 
 class Objective(nn.Module):
@@ -124,6 +131,7 @@ class Weighted(Objective):
             if isinstance(self.weight, AdaptiveSchedule):
                 self.weight.record(value.value, progress)
             value.weight *= weight
+            value.outer *= weight
         return values
 
 
@@ -150,8 +158,8 @@ class Term(Objective):
         self._signals: Mapping[str, Signal] = signals
         self._extras: dict[str, float | Tensor] = {}
 
-    def compute(self, **inputs: Any) -> Tensor:
-        """The loss as a scalar, from the tensors of the signals, ``batch`` and ``progress``."""
+    def compute(self, *args: Any, **inputs: Any) -> Tensor | list[TermValue]:
+        """The loss as a scalar (or several named ones), from the signals' tensors, ``batch`` and ``progress``."""
         raise NotImplementedError
 
     def at(self, value: Scheduled, progress: Progress) -> float:
@@ -172,15 +180,22 @@ class Term(Objective):
     def evaluate(self, turn: Turn, batch: Batch, progress: Progress) -> list[TermValue]:
         self._extras = {}
         inputs = {name: turn.read(signal, batch) for name, signal in self._signals.items()}
-        value = self.compute(**inputs, batch=batch, progress=progress)
+        computed = self.compute(**inputs, batch=batch, progress=progress)
+        values = [TermValue(self.name, computed)] if isinstance(computed, Tensor) else computed
+        values[0].extras |= self._extras
         for schedule in self.children():
             if isinstance(schedule, AdaptiveSchedule):
-                schedule.record(value, progress)
-        return [TermValue(self.name, value, 1.0, self._extras)]
+                schedule.record(values[0].value, progress)
+        return values
 
 
 def gradient_shares(values: Sequence[TermValue], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
-    """Each term's share of the summed gradient norms over ``parameters``; keeps the graph for the backward."""
+    """Each term's share of the summed gradient norms over ``parameters``; keeps the graph for the backward.
+
+    Empty if one pass computed several terms: their gradients exist only as a sum.
+    """
+    if any(value.carrier is not None for value in values):
+        return {}
     norms: dict[str, float] = {}
     for value in values:
         if not value.weighted.requires_grad:
@@ -191,6 +206,3 @@ def gradient_shares(values: Sequence[TermValue], parameters: Sequence[nn.Paramet
         norms[value.name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
     whole = sum(norms.values())
     return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
-
-
-__all__ = ["Objective", "Schedule", "Sum", "Term", "TermValue", "Weighted", "gradient_shares", "total"]

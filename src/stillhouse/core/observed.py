@@ -7,6 +7,7 @@ with gradients only where somebody needs them, and stops as soon as the last wan
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stillhouse.core.errors import ModelError, suggest
+from stillhouse.base.errors import ModelError, suggest
 
 Batch = Mapping[str, Any]
 
@@ -59,9 +60,7 @@ class View:
         """The model's output, or the part of it called ``name`` (``"logits"``; an index for tuples)."""
         return Signal(self, Address("output", name))
 
-    def tap(
-        self, path: str, *, of: Literal["output", "input"] = "output", index: int = 0, call: int = 0
-    ) -> Signal:
+    def tap(self, path: str, *, of: Literal["output", "input"] = "output", index: int = 0, call: int = 0) -> Signal:
         """The output (or input) of the sub-module at ``path``.
 
         ``index`` picks from a module that returns a tuple; ``call`` picks one of several calls of a shared module
@@ -123,7 +122,7 @@ class Signal:
         return f"{self.observed.name}.{where}"
 
 
-class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward whose last wanted tensor is there
+class _Stop(Exception):
     pass
 
 
@@ -147,7 +146,7 @@ class Tapped(nn.Module):
             if address.kind in ("module", "input"):
                 if address.call:
                     raise ModelError("torch.compile works with the first call of a tapped module only")
-                self._hook(address, lambda value, address=address: self._captured.__setitem__(address, value))
+                self._hook(address, functools.partial(self._captured.__setitem__, address))
         self.compiled = torch.compile(self.model, **options)
 
     def _hook(self, address: Address, keep: Callable[[Any], None]) -> RemovableHandle:
@@ -290,9 +289,7 @@ class Observed:
         """See `View.output`."""
         return self._plain.output(name)
 
-    def tap(
-        self, path: str, *, of: Literal["output", "input"] = "output", index: int = 0, call: int = 0
-    ) -> Signal:
+    def tap(self, path: str, *, of: Literal["output", "input"] = "output", index: int = 0, call: int = 0) -> Signal:
         """See `View.tap`."""
         return self._plain.tap(path, of=of, index=index, call=call)
 
@@ -354,9 +351,7 @@ class Turn:
             plan = self._plans[signal.view]
             self._batches.append(batch)
             with self._autocast():
-                self._memo[key] = signal.observed.run(
-                    signal.view, tuple(plan), batch, grad=any(plan.values())
-                )
+                self._memo[key] = signal.observed.run(signal.view, tuple(plan), batch, grad=any(plan.values()))
         value = self._memo[key][signal.address]
         if signal.detached and isinstance(value, Tensor):
             value = value.detach()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stillhouse.base.errors import ConfigError
 from stillhouse.core.ema import EMA
-from stillhouse.core.errors import ConfigError
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
 from stillhouse.core.schedule import Constant, Schedule

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,21 +15,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from platformdirs import user_cache_path
 
+from stillhouse.base.errors import RunError, StillhouseError
+from stillhouse.base.facts import machine, revision, versions
+from stillhouse.base.fields import field_help, field_hints
+from stillhouse.base.files import read_json, seed_all, write_json
+from stillhouse.base.monitor import Bar, Tracker, progress_bar, start_trackers
 from stillhouse.core.artifact import Artifact
-from stillhouse.core.checkpoint import read_json, seed_all, write_json
 from stillhouse.core.engine import Engine
-from stillhouse.core.errors import RunError, StillhouseError
-from stillhouse.core.monitor import Bar, Tracker, progress_bar, start_trackers
 from stillhouse.core.stage import Context, Stage, artifact_of, finished, write_record
-from stillhouse.core.system import System, field_help, field_hints
-
-PACKAGES = ("stillhouse", "torch", "lightning-fabric", "transformers", "datasets", "numpy")
+from stillhouse.core.system import System
 
 
 def cache_folder() -> Path:
@@ -102,9 +97,7 @@ class Run:
 
     # -- executing --------------------------------------------------------------------------------------------------
 
-    def execute(
-        self, work: System | Iterable[Stage], *, info: Mapping[str, Any] | None = None
-    ) -> dict[str, Artifact]:
+    def execute(self, work: System | Iterable[Stage], *, info: Mapping[str, Any] | None = None) -> dict[str, Artifact]:
         """Do all stages; returns ``stage name -> Artifact``. Raises `RunError` if the run is in use or cannot go on."""
         with self._locked():
             self._begin(work, info or {})
@@ -119,7 +112,7 @@ class Run:
 
     def _stages(self, work: System | Iterable[Stage]) -> dict[str, Artifact]:
         system = work if isinstance(work, System) else None
-        stages = system.stages(self) if system is not None else iter(work)  # type: ignore[arg-type]
+        stages = system.stages(self) if system is not None else iter(work)
         artifacts: dict[str, Artifact] = {}
         chain = ""
         sent: Artifact | None = None
@@ -158,7 +151,12 @@ class Run:
         return self._do(stage, folder, upstream, config, read, plan)
 
     def _still_holds(
-        self, record: Mapping[str, Any], stage: Stage, upstream: str, config: Mapping[str, Any], read: set[str]
+        self,
+        record: Mapping[str, Any],
+        stage: Stage,
+        upstream: str,
+        config: Mapping[str, Any],
+        read: set[str],
     ) -> bool:
         fields = record["fields"]
         same_kind = record["kind"] == stage.kind and record["upstream"] == upstream
@@ -275,7 +273,9 @@ class Run:
             lock = FileLock(self.folder / ".lock")
             lock.acquire(timeout=0)
         except Timeout:
-            raise RunError(f"{self.folder} is in use by another process; wait for it or choose another output") from None
+            raise RunError(
+                f"{self.folder} is in use by another process; wait for it or choose another output"
+            ) from None
         except OSError as error:
             raise RunError(f"cannot use {self.folder} as a run directory: {error}") from error
         try:
@@ -348,42 +348,3 @@ def describe(system: System) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What the run was done on."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": psutil.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "devices": devices,
-    }
-
-
-def revision() -> dict[str, Any] | None:
-    """The git revision of the code, if it is in a checkout."""
-
-    def git(*arguments: str) -> str:
-        where = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(where, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-

@@ -6,6 +6,7 @@ A schedule is called with a `Progress` and returns a float. Points on the time a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,23 +116,17 @@ def constant(value: float) -> Schedule:
     return Constant(value)
 
 
-def linear(
-    start: float, end: float, *, begin: float = 0.0, until: float = 1.0, warmup: float = 0.0
-) -> Schedule:
+def linear(start: float, end: float, *, begin: float = 0.0, until: float = 1.0, warmup: float = 0.0) -> Schedule:
     """A straight line from ``start`` to ``end``."""
     return Ramp(start, end, _straight, begin, until, warmup)
 
 
-def cosine(
-    start: float, end: float, *, begin: float = 0.0, until: float = 1.0, warmup: float = 0.0
-) -> Schedule:
+def cosine(start: float, end: float, *, begin: float = 0.0, until: float = 1.0, warmup: float = 0.0) -> Schedule:
     """Half a cosine from ``start`` to ``end`` (Loshchilov and Hutter, 2017, one cycle)."""
     return Ramp(start, end, _half_cosine, begin, until, warmup)
 
 
-def sigmoid(
-    start: float, end: float, *, steepness: float = 10.0, begin: float = 0.0, until: float = 1.0
-) -> Schedule:
+def sigmoid(start: float, end: float, *, steepness: float = 10.0, begin: float = 0.0, until: float = 1.0) -> Schedule:
     """A logistic curve that starts exactly at ``start`` and ends exactly at ``end``."""
     return Ramp(start, end, _Logistic(steepness), begin, until)
 
@@ -162,7 +157,7 @@ class Piecewise(Schedule):
         spots = [(fraction_of(time, progress), value) for time, value in self.points]
         if now <= spots[0][0]:
             return spots[0][1]
-        for (t0, v0), (t1, v1) in zip(spots, spots[1:], strict=False):
+        for (t0, v0), (t1, v1) in itertools.pairwise(spots):
             if now <= t1:
                 return v0 + (v1 - v0) * (now - t0) / (t1 - t0) if t1 > t0 else v1
         return spots[-1][1]
@@ -214,6 +209,8 @@ class AdaptiveSchedule(nn.Module):
     during a step (all micro-batches, all processes) is averaged and handed to `observe` once, before the value for
     the next step is asked for. Subclasses write `value` and `observe`.
     """
+
+    pending: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stillhouse.base.files import read_json, seed_all, whole_folder, write_json
+from stillhouse.base.monitor import MetricsFile
 from stillhouse.core.artifact import Artifact, Saver, save_artifact
-from stillhouse.core.checkpoint import read_json, seed_all, whole_folder, write_json
-from stillhouse.core.monitor import MetricsFile
 
 if TYPE_CHECKING:
     from stillhouse.core.run import Run

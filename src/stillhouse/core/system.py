@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import pkgutil
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from stillhouse.core.errors import ConfigError, suggest
+from stillhouse.base.fields import check_fields
 
 if typing.TYPE_CHECKING:
     from stillhouse.core.artifact import Artifact
@@ -79,7 +73,7 @@ class System:
 
     meta: ClassVar[Meta]
     demo: ClassVar[Mapping[str, Any]] = {}
-    _set: ClassVar[Any]
+    product: ClassVar[str] = "student"  # the stage whose artifact is the result
 
     seed: Annotated[int, "fixes every random choice of the run"] = 0
 
@@ -129,62 +123,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def field_hints(cls: type) -> dict[str, Any]:
-    """The annotations of a dataclass's fields, with their ``Annotated`` metadata."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-
-
-def field_help(hint: Any) -> str:
-    """The help text of a field: the first string in its ``Annotated`` metadata."""
-    return next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, str)), "")
-
-
-def field_type(hint: Any) -> str:
-    """A field's type and limits in words a user reads."""
-    base = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
-    if typing.get_origin(base) is Literal:
-        text = " | ".join(repr(arg) for arg in typing.get_args(base))
-    elif isinstance(base, types.UnionType):
-        text = " | ".join("none" if arg is type(None) else getattr(arg, "__name__", str(arg)) for arg in base.__args__)
-    else:
-        text = getattr(base, "__name__", str(base))
-    limits = [
-        f"{sign} {getattr(note, key)}"
-        for note in getattr(hint, "__metadata__", ())
-        for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
-        if hasattr(note, key)
-    ]
-    return text + (f" ({', '.join(limits)})" if limits else "")
-
-
-def check_value(owner: str, name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the type ``hint`` asks for; a `ConfigError` names the field, the value and what is allowed."""
-    if isinstance(value, str) and value.strip().lower() in ("none", "null") and type(None) in typing.get_args(
-        typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
-    ):
-        value = None
-    try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            try:  # a number typed where text is expected: `student=12`
-                return TypeAdapter(hint).validate_python(str(value))
-            except ValidationError:
-                pass
-        reason = error.errors()[0]["msg"]
-        raise ConfigError(f"{owner}: {name}={value!r} is not allowed ({reason}); expected {field_type(hint)}") from None
-
-
-def check_fields(cls: type, values: Mapping[str, Any], *, owner: str) -> dict[str, Any]:
-    """Check ``values`` against the fields of dataclass ``cls``."""
-    hints = field_hints(cls)
-    for name in values:
-        if name not in hints:
-            raise ConfigError(f"{owner} has no field {name!r}{suggest(name, hints)}")
-    return {name: check_value(owner, name, value, hints[name]) for name, value in values.items()}
-
-
 def configure(cls: type[System], values: Mapping[str, Any]) -> System:
     """Build a system from explicit values; on the embedded task its ``demo`` values fill in the rest."""
     explicit = check_fields(cls, values, owner=cls.name())
@@ -194,55 +132,3 @@ def configure(cls: type[System], values: Mapping[str, Any]) -> System:
     system.__dict__["explicit"] = frozenset(explicit)
     system.__dict__["read"] = set()
     return system
-
-
-@dataclass
-class Catalogue:
-    """All systems, found by discovery in ``stillhouse.systems``: a new file is a new system."""
-
-    package: str = "stillhouse.systems"
-    found: dict[str, type[System]] = field(default_factory=dict)
-
-    def all(self) -> dict[str, type[System]]:
-        if not self.found:
-            root = importlib.import_module(self.package)
-            for info in pkgutil.walk_packages(root.__path__, self.package + "."):
-                if not info.ispkg:
-                    self._take(importlib.import_module(info.name))
-            self.found = dict(sorted(self.found.items()))
-        return self.found
-
-    def _take(self, module: types.ModuleType) -> type[System]:
-        classes = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, System) and value.__module__ == module.__name__
-        ]
-        if len(classes) != 1 or "meta" not in vars(classes[0]):
-            raise ConfigError(f"{module.__name__} must define exactly one System with a meta; it has {len(classes)}")
-        return self.found.setdefault(classes[0].name(), classes[0])
-
-    def get(self, name: str) -> type[System]:
-        """The system called ``name``, or defined in the Python file ``name``."""
-        if name.endswith(".py"):
-            return self._take(_load_file(Path(name)))
-        systems = self.all()
-        if name not in systems:
-            raise ConfigError(f"there is no system {name!r}{suggest(name, systems)}")
-        return systems[name]
-
-
-def _load_file(path: Path) -> types.ModuleType:
-    import sys
-
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-CATALOGUE = Catalogue()

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from stillhouse.base.errors import RunError
+from stillhouse.base.files import Checkpoints, random_state, restore_random_state
+from stillhouse.base.monitor import PeakMemory
 from stillhouse.core.artifact import Saver
-from stillhouse.core.checkpoint import Checkpoints, random_state, restore_random_state
 from stillhouse.core.engine import (
     average_gradients,
     full,
@@ -25,8 +28,6 @@ from stillhouse.core.engine import (
     load_optimizer_state,
     place,
 )
-from stillhouse.core.errors import RunError
-from stillhouse.core.monitor import PeakMemory
 from stillhouse.core.objective import TermValue, gradient_shares, total
 from stillhouse.core.observed import Observed, Turn, as_batch
 from stillhouse.core.player import Player
@@ -84,7 +85,7 @@ class Train(Stage):
         log_every: int = 10,
         shares_every: int | None = None,
         checkpoint_every: int | None = None,
-        compile: bool | Mapping[str, Any] = False,  # noqa: A002 - PyTorch's word
+        compile: bool | Mapping[str, Any] = False,
         cache: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(name, cache=cache)
@@ -172,6 +173,8 @@ class _Loop:
                 place(fabric, model.tapped)
         for player in self.players:
             player.objective.to(fabric.device)
+            if any(is_lazy(parameter) for parameter in player.objective.parameters()):
+                self._size_lazy_parameters(player)
             if player.ema is not None:
                 place(fabric, player.ema.module)
         self.parameters = {player.name: player.parameters() for player in self.players}
@@ -180,6 +183,16 @@ class _Loop:
         self.optimizers = [fabric.setup_optimizers(optimizer) for optimizer in built]
         for model in trained.values():
             model.module.train(model.mode == "train")
+
+    def _size_lazy_parameters(self, player: Player) -> None:
+        """Let projections find their widths on the first batch, which is then put back."""
+        source = self.sources[player.name]
+        before = source.state_dict()
+        batch = self._draw(player)[0]
+        with torch.no_grad(), self.fabric.autocast():
+            turn = Turn(player.objective.signals())
+            player.objective.evaluate(turn, batch, Progress(0, self.stage.steps))
+        source.load_state_dict(before)
 
     def _check_disk(self) -> None:
         weights = sum(
@@ -277,7 +290,12 @@ class _Loop:
             self.shares[player.name] = gradient_shares(values, self.parameters[player.name])
         loss = total(values)
         self.buffer.append(
-            (self.step, player.name, [TermValue(v.name, v.value.detach(), v.weight, v.extras) for v in values], None)
+            (
+                self.step,
+                player.name,
+                [TermValue(v.name, v.value.detach(), v.weight, v.extras) for v in values],
+                None,
+            )
         )
         if self.fabric.device.type == "cpu" and not math.isfinite(loss.item()):
             self._log()
@@ -492,20 +510,20 @@ class _Loop:
     def _signals(self) -> Iterator[None]:
         """Save and stop at the end of the step when interrupted (Ctrl-C, a scheduler's SIGTERM)."""
 
-        def note(number: int, _frame: Any) -> None:
+        def note(received: int, _frame: Any) -> None:
             if self._stop_signal is not None:
                 raise KeyboardInterrupt
-            self._stop_signal = number
+            self._stop_signal = received
 
         before: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's business
             for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, note)
+                before[int(number)] = signal.signal(number, note)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for which, handler in before.items():
+                signal.signal(which, handler)
 
     def close(self) -> None:
         """Leave the models as plain modules: no wrapper, gradients on."""

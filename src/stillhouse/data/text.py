@@ -14,19 +14,20 @@ kind                   columns of ``TextData.documents``
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import itertools
 import json
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from stillhouse.core.errors import DataError, suggest
+from stillhouse.base.errors import DataError, suggest
+from stillhouse.base.files import whole_file, write_json
 
 if TYPE_CHECKING:
     import datasets
@@ -42,6 +43,7 @@ IN_MEMORY_BYTES = 64 << 20  # larger files become memory-mapped Arrow
 LARGEST_DOCUMENT = 1 << 30
 BATCH_ROWS, BATCH_BYTES = 1000, 8 << 20
 SKIPPED_SHOWN = 5
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ACCEPTED = (
     "{text}, {prompt, completion}, {messages: [{role, content}]}, {conversations: [{from, value}]} "
     "or {instruction, input, output}"
@@ -144,14 +146,19 @@ def _missing(path: Path, source: str) -> DataError:
     return _data_error(f"{source}: no such file or folder{near or '; check the path'}")
 
 
-def _load_local(
-    path: Path, source: str, *, split: str | None, reading: _Reading, cache_dir: Path | None
-) -> TextData:
+def _near(path: Path) -> str:
+    """Names beside ``path`` that are nearly its own, as the end of a message; empty if there are none."""
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside)
+    return suggest(path.name, close) if close else ""
+
+
+def _load_local(path: Path, source: str, *, split: str | None, reading: _Reading, cache_dir: Path | None) -> TextData:
     if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _load_saved_dataset(path, source, split=split, reading=reading, cache_dir=cache_dir)
     if path.is_file() and split is not None:
         raise _data_error(f"{source}: split={split!r} chooses within a folder or a hub data set; leave it out")
-    files, ignored = _files(path, source, split=split) if path.is_dir() else ([path], 0)
+    files, ignored = _files(path, source, split=split) if path.is_dir() else ([_known_kind(path)], 0)
     records = itertools.chain.from_iterable(_file_records(file, text_field=reading.text_field) for file in files)
     fingerprint = _fingerprint_of_files(files, text_field=reading.text_field)
     size = sum(file.stat().st_size for file in files)
@@ -163,13 +170,23 @@ def _load_local(
     return reading.result(documents, name=source, fingerprint=fingerprint, ignored_files=ignored)
 
 
+def _known_kind(path: Path) -> Path:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        packed = suffix in (".gz", ".bz2", ".xz", ".zst", ".zip")
+        advice = "unpack it first" if packed else "convert it, .jsonl suits most data"
+        raise _data_error(f"{path}: unsupported ending {suffix!r} (known: {', '.join(SUFFIXES)}); {advice}")
+    return path
+
+
 def _files(folder: Path, source: str, *, split: str | None) -> tuple[list[Path], int]:
     """The files of a folder that are read, in sorted order, and the number of those that are not."""
 
     def refuse(error: OSError) -> None:
         raise _os_error(Path(error.filename or folder), error) from error
 
-    found, others = [], []
+    found: list[Path] = []
+    others: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -207,21 +224,16 @@ def _fingerprint_of_files(files: Iterable[Path], *, text_field: str | None) -> s
 
 def _file_records(path: Path, *, text_field: str | None) -> Iterator[tuple[str, Record | _BadRecordError]]:
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        packed = suffix in (".gz", ".bz2", ".xz", ".zst", ".zip")
-        advice = "unpack it first" if packed else "convert it, .jsonl suits most data"
-        raise _data_error(f"{path}: unsupported ending {suffix!r} (known: {', '.join(SUFFIXES)}); {advice}")
     with _open(path) as file:
-        head = file.read(8192).lstrip()
-    if not head:
-        if path.stat().st_size <= 8192:
-            raise _data_error(f"{path}: the file is empty; give a file with documents in it")
+        head = file.read(8192)
+    if not head.strip() and path.stat().st_size == len(head):
+        raise _data_error(f"{path}: the file is empty; give a file with documents in it")
     if suffix == ".parquet":
         return _read_parquet(path, text_field=text_field)
     _check_is_text(path, head)
     if suffix == ".txt":
         return _read_txt(path, text_field=text_field or "text")
-    if suffix == ".json" and not head.removeprefix(b"\xef\xbb\xbf").startswith(b"{"):
+    if suffix == ".json" and not head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{"):
         return _read_json(path)
     return _read_jsonl(path)  # also a .json file of one object a line, as many hub data sets have them
 
@@ -235,20 +247,19 @@ def _check_is_text(path: Path, head: bytes) -> None:
 
 def _decode(raw: bytes, *, start: int) -> str:
     """UTF-8 bytes that begin at byte ``start`` of their file, as text."""
+    if start == 0 and raw.startswith(BYTE_ORDER_MARK):
+        start, raw = len(BYTE_ORDER_MARK), raw.removeprefix(BYTE_ORDER_MARK)
     try:
-        return raw.decode("utf-8-sig" if start == 0 else "utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        offset = start + error.start + (3 if error.encoding == "utf-8-sig" and raw[:3] == b"\xef\xbb\xbf" else 0)
         raise _BadRecordError(
-            f"not UTF-8 at byte {offset} (0x{error.object[error.start]:02x}); convert the file, if it is "
+            f"not UTF-8 at byte {start + error.start} (0x{raw[error.start]:02x}); convert the file, if it is "
             "Windows-1252 with: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
         ) from error
 
 
 def _read_txt(path: Path, *, text_field: str) -> Iterator[tuple[str, Record | _BadRecordError]]:
-    number = 0
-    for start, raw in _form_feed_parts(path):
-        number += 1
+    for number, (start, raw) in enumerate(_form_feed_parts(path), 1):
         where = str(path) if number == 1 else f"{path} document {number}"
         try:
             if b"\0" in raw:
@@ -306,7 +317,7 @@ def _parse_line(line: str) -> Record:
 
 def _as_object(record: object) -> Record:
     if not isinstance(record, dict):
-        raise _BadRecordError(f"{_json_type(record)}, must be an object such as {{\"text\": ...}}")
+        raise _BadRecordError(f'{_json_type(record)}, must be an object such as {{"text": ...}}')
     return record
 
 
@@ -347,7 +358,7 @@ def _read_parquet(path: Path, *, text_field: str | None) -> Iterator[tuple[str, 
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path} row {number}", record
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise corrupt(error) from error
 
 
@@ -494,10 +505,7 @@ class _Reading:
         batches = _batches(itertools.chain([first], documents), schema=schema)
         if cache is None:
             return datasets.Dataset(pa.Table.from_batches(batches, schema=schema))
-        try:
-            self._store(cache, batches, schema)
-        except OSError as error:
-            raise _os_error(cache, error) from error
+        self._store(cache, batches, schema)
         return datasets.Dataset.from_file(str(cache))
 
     def _nothing(self, source: str) -> DataError:
@@ -508,23 +516,12 @@ class _Reading:
     def _store(self, cache: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
         import pyarrow as pa
 
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}")
-        try:
-            with part.open("wb") as file:
-                with pa.ipc.new_stream(file, schema) as writer:
-                    for batch in batches:
-                        writer.write_batch(batch)
-                file.flush()
-                os.fsync(file.fileno())
-            assert self.form is not None
-            known = {"fields": self.form.fields, "skipped": self.skipped, "examples": self.examples}
-            note = part.with_suffix(".json")
-            note.write_text(json.dumps(known), encoding="utf-8")
-            part.replace(cache)
-            note.replace(cache.with_suffix(".json"))  # last: an Arrow file without its note does not count
-        finally:
-            part.unlink(missing_ok=True)
+        with whole_file(cache) as part, part.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        assert self.form is not None
+        known = {"fields": self.form.fields, "skipped": self.skipped, "examples": self.examples}
+        write_json(cache.with_suffix(".json"), known)  # last: an Arrow file without it does not count
 
     def _recall(self, cache: Path) -> bool:
         """Take over the counts of a finished cache file; False if there is none that fits."""
@@ -538,9 +535,7 @@ class _Reading:
         self.form = self.form or _form_of(known["fields"])
         return self.form is not None
 
-    def result(
-        self, documents: datasets.Dataset, *, name: str, fingerprint: str, ignored_files: int = 0
-    ) -> TextData:
+    def result(self, documents: datasets.Dataset, *, name: str, fingerprint: str, ignored_files: int = 0) -> TextData:
         assert self.form is not None
         return TextData(
             documents=documents,
@@ -633,11 +628,12 @@ def _load_hub(source: str, *, split: str, reading: _Reading, cache_dir: Path | N
     except datasets.exceptions.DatasetNotFoundError as error:
         raise _data_error(
             f"{source}: no such file, folder or hub data set (or it is private: hf auth login); check the name"
+            + _near(Path(source))
         ) from error
     except (ConnectionError, TimeoutError) as error:
         raise _data_error(
             f"{source}: no such file or folder, and the hub cannot be reached ({_reason(error)}); "
-            "pass a local path, or go online"
+            f"pass a local path, or go online{_near(Path(source))}"
         ) from error
     except Exception as error:
         raise _data_error(f"{source}: this hub data set cannot be loaded ({_reason(error)})") from error
@@ -663,9 +659,7 @@ def _from_dataset(
     records = ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
     large = loaded.data.nbytes > IN_MEMORY_BYTES
     cache = _cache_file(cache_dir, fingerprint, [name]) if large else None
-    return reading.result(
-        reading.dataset(records, source=name, cache=cache), name=name, fingerprint=fingerprint
-    )
+    return reading.result(reading.dataset(records, source=name, cache=cache), name=name, fingerprint=fingerprint)
 
 
 def _is_clean(loaded: datasets.Dataset, column: str) -> bool:
@@ -712,5 +706,12 @@ def _names(record: Record) -> str:
 def _json_type(value: object) -> str:
     if value is None:
         return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)

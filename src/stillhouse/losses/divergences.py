@@ -33,9 +33,7 @@ class RowDivergence(Protocol):
 class ClosedFormGradient(Protocol):
     """A row divergence that knows its own gradient in the student logits."""
 
-    def value_and_grad(
-        self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, /
-    ) -> tuple[Tensor, Tensor]: ...
+    def value_and_grad(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
 def value_and_grad(
@@ -49,8 +47,8 @@ def value_and_grad(
     if isinstance(divergence, ClosedFormGradient):
         return divergence.value_and_grad(student_logits_NV, teacher_logits_NV)
     with torch.enable_grad():
-        student_logits_NV = _at_least_float32(student_logits_NV.detach()).requires_grad_()
-        loss_N = divergence(student_logits_NV, _at_least_float32(teacher_logits_NV.detach()))
+        student_logits_NV = at_least_float32(student_logits_NV.detach()).requires_grad_()
+        loss_N = divergence(student_logits_NV, at_least_float32(teacher_logits_NV.detach()))
         (grad_NV,) = torch.autograd.grad(loss_N.sum(), student_logits_NV)
     return loss_N.detach(), grad_NV
 
@@ -87,7 +85,7 @@ class _Softened:
         return loss_N, grad_NV
 
     def _log_softmax(self, logits_NV: Tensor) -> Tensor:
-        logits_NV = _at_least_float32(logits_NV)
+        logits_NV = at_least_float32(logits_NV)
         return torch.log_softmax(logits_NV if self.temperature == 1.0 else logits_NV / self.temperature, -1)
 
     def _value(self, log_q_NV: Tensor, log_p_NV: Tensor) -> Tensor:
@@ -328,7 +326,7 @@ class InterpolatedForwardKL:
 
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
         """Loss of every row: (..., V), (..., V) -> (...)."""
-        z_s_NV, z_p_NV = _at_least_float32(student_logits_NV), _at_least_float32(teacher_logits_NV)
+        z_s_NV, z_p_NV = at_least_float32(student_logits_NV), at_least_float32(teacher_logits_NV)
         z_s_NV = z_s_NV - z_s_NV.detach().amax(-1, keepdim=True)
         z_t_NV = torch.lerp(z_s_NV.detach(), z_p_NV.to(z_s_NV.dtype), self.t)
         p_t_NV = (z_t_NV - z_t_NV.logsumexp(-1, keepdim=True)).exp()
@@ -338,7 +336,7 @@ class InterpolatedForwardKL:
     @torch.no_grad()
     def value_and_grad(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of every row and its gradient in the student logits: (..., V), (..., V) -> (...), (..., V)."""
-        z_s_NV, z_p_NV = _at_least_float32(student_logits_NV), _at_least_float32(teacher_logits_NV)
+        z_s_NV, z_p_NV = at_least_float32(student_logits_NV), at_least_float32(teacher_logits_NV)
         p_t_NV = torch.log_softmax(torch.lerp(z_s_NV, z_p_NV.to(z_s_NV.dtype), self.t), -1).exp_()
         log_q_NV = torch.log_softmax(z_s_NV, -1)
         return _dot(p_t_NV, log_q_NV).neg_(), log_q_NV.exp_().sub_(p_t_NV)
@@ -367,8 +365,13 @@ def reduce(
         return weighted_N
     if reduction == "sum":
         return weighted_N.sum()
+    return weighted_N.sum() / total_weight(weight_N)
+
+
+def total_weight(weight_N: Tensor) -> Tensor:
+    """What "mean" divides by: the sum of the weights, or 1 where they are all 0."""
     total = weight_N.sum()
-    return weighted_N.sum() / total.where(total != 0, 1)
+    return total.where(total != 0, 1)
 
 
 def align_vocabulary(
@@ -398,7 +401,8 @@ def common_vocabulary(student_size: int, teacher_size: int, vocab_size: int | No
     return vocab_size
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Raise half precision to float32; leave float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

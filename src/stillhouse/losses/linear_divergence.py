@@ -1,35 +1,46 @@
 """Distillation and cross-entropy losses fused with the output layer: full logits never exist.
 
 Shapes: N tokens (any leading shape, e.g. BT), D student width, E teacher width, V vocabulary, C tokens of one
-chunk.
+chunk, 1 an axis of size one.
 
 The logits of one chunk of tokens are computed, compared, turned into gradients of the hidden states and of the
 output layer, and dropped, all in the forward pass; the backward pass only scales what is there. Peak extra
-memory is a few times C x V plus the gradient of the output layer, whatever N is, and nothing is computed twice.
+memory is a few times C x V plus the gradient of the output layer (twice, while backward scales it), whatever N
+is, and nothing is computed twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stillhouse.losses.divergences import RowDivergence, common_vocabulary, value_and_grad
+from stillhouse.losses.divergences import (
+    RowDivergence,
+    at_least_float32,
+    common_vocabulary,
+    reduce,
+    total_weight,
+    value_and_grad,
+)
+
+_Reduction = Literal["mean", "sum"]
 
 IGNORE_INDEX = -100
-# One chunk's float32 logits. On a CPU they should stay near the caches; an accelerator needs some hundred rows
-# for its matrix products to hide reading and writing the weight gradient.
+# Logits of one chunk. On a CPU they should stay near the caches; an accelerator needs some hundred rows for
+# its matrix products to hide the reading and writing of the weight gradient.
 CHUNK_BYTES_CPU = 16 * 2**20
 CHUNK_BYTES_ACCELERATOR = 256 * 2**20
 
 
 class LinearDivergence(NamedTuple):
-    """What ``linear_divergence`` returns: three scalars, of which only ``loss`` carries gradients.
+    """What ``linear_divergence`` returns: scalars, of which only ``loss`` carries gradients.
 
     ``divergence`` and ``cross_entropy`` are the reduced terms before their weights; ``cross_entropy`` is None
     without labels.
@@ -60,9 +71,9 @@ def linear_divergence(
     label_weight_N: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: _Reduction = "mean",
 ) -> LinearDivergence:
-    """Divergence between two models' token distributions, and cross-entropy, straight from hidden states.
+    """Divergence between two models' next-token distributions, and cross-entropy, straight from hidden states.
 
     Equals, without holding any (N, V) tensor,
 
@@ -77,38 +88,47 @@ def linear_divergence(
     - ``divergence``: a class of ``stillhouse.losses.divergences``, or any callable that returns one loss per
       row; it sees float32 (or float64) logits. Nothing inside it is trained.
     - ``labels_N``: the token that each hidden state predicts (already shifted); -100 is left out. With labels
-      the cross-entropy is measured even where its weight is 0; the same holds for the divergence.
+      the cross-entropy is measured even where its weight is 0, and so is the divergence.
     - ``weight_N``: token weights or mask (bool or real). ``label_weight_N`` is the same for the labels and
-      defaults to ``weight_N``. Tokens that neither counts are gathered out first and cost nothing.
+      defaults to ``weight_N``. Tokens that count in neither are gathered out first and cost nothing.
     - ``vocab_size``: cut both models to the real vocabulary; by default to the smaller of the two.
     - ``chunk_tokens``: tokens per chunk; by default logits of 16 MiB on a CPU and 256 MiB elsewhere.
     - ``reduction``: "mean" divides each term by the sum of its weights (0 if all are 0), "sum" does not.
 
-    Under autocast the matrix products run in its dtype. The gradient of a half-precision weight is summed over
-    chunks in float32. The result is differentiable once. Raises ``ValueError`` on shapes that do not fit,
-    labels outside the vocabulary, a divergence that does not return one loss per row, or one that is a module
-    with trainable parameters.
+    Under autocast the matrix products run in its dtype and the rest in float32. The gradient of a
+    half-precision weight is summed over chunks in float32. The result is differentiable once.
 
-    After the fused losses of Liger Kernel (Hsu et al., 2024, arXiv 2410.10989, section 3.2) and Cut
-    Cross-Entropy (Wijmans et al., 2025, arXiv 2411.09009); logit soft-capping as in Gemma 2 (arXiv 2408.00118).
+    Raises ``ValueError`` on shapes that do not fit, labels outside the vocabulary, a divergence that does not
+    return one loss per row, or one that is a module with trainable parameters.
+
+    After the fused losses of Liger Kernel (Hsu et al., 2024, arXiv 2410.10989) and Cut Cross-Entropy (Wijmans
+    et al., 2024, arXiv 2411.09009); logit soft-capping as in Gemma 2 (arXiv 2408.00118).
     """
     if isinstance(divergence, torch.nn.Module) and any(p.requires_grad for p in divergence.parameters()):
-        raise ValueError("divergence has trainable parameters, which get no gradient here; freeze them")
+        raise ValueError("divergence has trainable parameters, which would get no gradient here; freeze them")
+    if labels_N is None and cross_entropy_weight != 0:
+        raise ValueError("cross_entropy_weight needs labels_N")
+    shape = student_hidden_ND.shape[:-1]
+    _check_shape("the teacher's hidden states", teacher_hidden_NE.shape[:-1], shape)
     size = common_vocabulary(student_weight_VD.shape[0], teacher_weight_VE.shape[0], vocab_size)
-    teacher = _Head(
-        teacher_weight_VE.detach(), _detach(teacher_bias_V), teacher_logit_scale, teacher_softcap, size
-    )
-    return _linear_loss(
-        student_hidden_ND,
-        _Head(student_weight_VD, student_bias_V, student_logit_scale, student_softcap, size),
-        teacher=(teacher_hidden_NE.detach(), teacher, divergence),
-        labels=labels_N,
-        weights=(divergence_weight, cross_entropy_weight),
-        row_weight=weight_N,
-        label_weight=label_weight_N,
-        chunk_tokens=chunk_tokens,
-        reduction=reduction,
-    )
+    student = _Head(student_weight_VD, student_bias_V, student_logit_scale, student_softcap, size)
+    teacher = _Head(teacher_weight_VE, teacher_bias_V, teacher_logit_scale, teacher_softcap, size)
+    terms: list[_Term] = [
+        _TeacherTerm(
+            hidden=teacher_hidden_NE.detach().flatten(0, -2),
+            head=teacher,
+            divergence=divergence,
+            row_weight=_row_weights("weight_N", weight_N, student_hidden_ND),
+            coefficient=divergence_weight,
+        )
+    ]
+    if labels_N is not None:
+        label_weight_N = _row_weights(
+            "label_weight_N", weight_N if label_weight_N is None else label_weight_N, student_hidden_ND
+        )
+        terms.append(_label_term(labels_N, label_weight_N, shape, size, cross_entropy_weight))
+    loss, values = _linear_loss(student_hidden_ND, student, terms, chunk_tokens, reduction)
+    return LinearDivergence(loss, values[0], values[1] if labels_N is not None else None)
 
 
 def linear_cross_entropy(
@@ -122,7 +142,7 @@ def linear_cross_entropy(
     weight_N: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: _Reduction = "mean",
 ) -> Tensor:
     """Cross-entropy of an output layer from its hidden states (..., D), without full logits: a scalar.
 
@@ -130,214 +150,283 @@ def linear_cross_entropy(
     there.
     """
     size = common_vocabulary(weight_VD.shape[0], weight_VD.shape[0], vocab_size)
-    return _linear_loss(
-        hidden_ND,
-        _Head(weight_VD, bias_V, logit_scale, softcap, size),
-        teacher=None,
-        labels=labels_N,
-        weights=(0.0, 1.0),
-        row_weight=weight_N,
-        label_weight=None,
-        chunk_tokens=chunk_tokens,
-        reduction=reduction,
-    ).loss
+    row_weight_N = _row_weights("weight_N", weight_N, hidden_ND)
+    term = _label_term(labels_N, row_weight_N, hidden_ND.shape[:-1], size, 1.0)
+    head = _Head(weight_VD, bias_V, logit_scale, softcap, size)
+    loss, _ = _linear_loss(hidden_ND, head, [term], chunk_tokens, reduction)
+    return loss
+
+
+def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """Tokens per chunk whose float32 logits fill the default chunk of this kind of device."""
+    chunk_bytes = CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES_ACCELERATOR
+    return max(1, chunk_bytes // (4 * vocab_size))
 
 
 @dataclass(frozen=True)
 class _Head:
-    """An output layer: cap(scale * (hidden @ weight[:size].T + bias[:size]))."""
+    """An output layer of ``size`` entries: cap(scale * (hidden @ weight.T + bias)), weight (V, D), bias (V)."""
 
-    weight_VD: Tensor
-    bias_V: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
     scale: float
     softcap: float | None
     size: int
 
-    def to(self, dtype: torch.dtype | None) -> _Head:
-        weight_VD, bias_V = self.weight_VD[: self.size], self.bias_V
-        if bias_V is not None:
-            bias_V = bias_V[: self.size].to(dtype or bias_V.dtype)
-        return _Head(weight_VD.to(dtype or weight_VD.dtype), bias_V, self.scale, self.softcap, self.size)
+    def ready(self, autocast: torch.dtype | None) -> _Head:
+        """The layer cut to its size and cast as autocast would."""
+        bias_V = None if self.bias is None else _cast(self.bias[: self.size], autocast)
+        return replace(self, weight=_cast(self.weight[: self.size], autocast), bias=bias_V)
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        z_CV = F.linear(hidden_CD, self.weight_VD, self.bias_V)
-        z_CV = z_CV.float() if z_CV.dtype in (torch.bfloat16, torch.float16) else z_CV
+        z_CV = at_least_float32(F.linear(hidden_CD, self.weight, self.bias))
         if self.scale != 1.0:
             z_CV.mul_(self.scale)
         if self.softcap is not None:
             z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
         return z_CV
 
-    def through_cap_(self, grad_CV: Tensor, z_CV: Tensor) -> Tensor:
-        """Gradient in front of the soft cap, in place (``z_CV`` is used up); ``scale`` is left to the caller."""
+    def before_cap_(self, grad_CV: Tensor, z_CV: Tensor) -> Tensor:
+        """Carry a gradient back through the soft cap, in place; uses up the logits."""
         if self.softcap is None:
             return grad_CV
         return grad_CV.mul_(z_CV.div_(self.softcap).square_().neg_().add_(1))
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Everything but the student: N rows to go through, and how much each counts."""
+@dataclass(frozen=True, kw_only=True)
+class _Term:
+    """A row loss on the student's logits: ``row_weight`` (N) weighs the rows, ``coefficient`` the term."""
 
-    teacher: tuple[Tensor, _Head, RowDivergence] | None
-    labels_N: Tensor | None
-    divergence_scale_N: Tensor
-    label_scale_N: Tensor
-    chunk_tokens: int
-    autocast: torch.dtype | None
+    row_weight: Tensor
+    coefficient: float
+
+    def chunk_loss(self, z_CV: Tensor, chunk: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+        """Loss of each row of the chunk, (C), and if asked for its gradient in the logits, (C, V)."""
+        raise NotImplementedError
+
+    def keep(self, keep_N: Tensor) -> Self:
+        """The term on some of its rows."""
+        raise NotImplementedError
+
+    def ready(self, autocast: torch.dtype | None) -> Self:
+        """The term with its tensors cast as autocast would."""
+        return self
 
 
-class _Result(NamedTuple):
-    divergence_N: Tensor
-    cross_entropy_N: Tensor
-    grad_hidden_ND: Tensor | None
-    grad_weight_VD: Tensor | None
-    grad_bias_V: Tensor | None
+@dataclass(frozen=True, kw_only=True)
+class _TeacherTerm(_Term):
+    hidden: Tensor
+    head: _Head
+    divergence: RowDivergence
+
+    def chunk_loss(self, z_CV: Tensor, chunk: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+        teacher_z_CV = self.head.logits(self.hidden[chunk])
+        grad_CV = None
+        if with_grad:
+            loss_C, grad_CV = value_and_grad(self.divergence, z_CV, teacher_z_CV)
+        else:
+            loss_C = self.divergence(z_CV, teacher_z_CV)
+        if loss_C.shape != z_CV.shape[:-1]:
+            made = f"{tuple(loss_C.shape)} from logits of shape {tuple(z_CV.shape)}"
+            raise ValueError(f"divergence must return one loss per row; it returned shape {made}")
+        return loss_C, grad_CV
+
+    def keep(self, keep_N: Tensor) -> Self:
+        return replace(self, row_weight=self.row_weight[keep_N], hidden=self.hidden[keep_N])
+
+    def ready(self, autocast: torch.dtype | None) -> Self:
+        return replace(self, hidden=_cast(self.hidden, autocast), head=self.head.ready(autocast))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LabelTerm(_Term):
+    labels: Tensor
+
+    def chunk_loss(self, z_CV: Tensor, chunk: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+        label_C1 = self.labels[chunk].unsqueeze(-1)
+        log_q_CV = torch.log_softmax(z_CV, -1)
+        loss_C = -log_q_CV.gather(-1, label_C1).squeeze(-1)
+        if not with_grad:
+            return loss_C, None
+        q_CV = log_q_CV.exp_()
+        return loss_C, q_CV.scatter_add_(-1, label_C1, q_CV.new_full(label_C1.shape, -1))
+
+    def keep(self, keep_N: Tensor) -> Self:
+        return replace(self, row_weight=self.row_weight[keep_N], labels=self.labels[keep_N])
 
 
 def _linear_loss(
-    hidden: Tensor,
-    student: _Head,
-    *,
-    teacher: tuple[Tensor, _Head, RowDivergence] | None,
-    labels: Tensor | None,
-    weights: tuple[float, float],
-    row_weight: Tensor | None,
-    label_weight: Tensor | None,
-    chunk_tokens: int | None,
-    reduction: Literal["mean", "sum"],
-) -> LinearDivergence:
+    hidden: Tensor, student: _Head, terms: Sequence[_Term], chunk_tokens: int | None, reduction: _Reduction
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The weighted sum of the terms (differentiable) and the value of each term before its coefficient."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if labels is None and weights[1] != 0:
-        raise ValueError("cross_entropy_weight needs labels_N")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    rows = hidden.shape[:-1]
-    named = {"labels_N": labels, "weight_N": row_weight, "label_weight_N": label_weight}
-    if teacher is not None:
-        named["the teacher's hidden states"] = teacher[0][..., 0]
-    for name, tensor in named.items():
-        if tensor is not None and tensor.shape != rows:
-            raise ValueError(f"{name}: leading shape {tuple(tensor.shape)}, the hidden states {tuple(rows)}")
-
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-    ones_N = torch.ones(len(hidden_ND), dtype=dtype, device=hidden.device)
-    weight_N = ones_N if row_weight is None else row_weight.reshape(-1).to(dtype)
-    label_weight_N = weight_N if label_weight is None else label_weight.reshape(-1).to(dtype)
-    if labels is None:
-        label_weight_N = torch.zeros_like(ones_N)
-    else:
-        labels = labels.reshape(-1)
-        label_weight_N = label_weight_N.where(labels != IGNORE_INDEX, 0)
-    if teacher is None:
-        weight_N = torch.zeros_like(ones_N)
-    else:
-        teacher = (teacher[0].reshape(-1, teacher[0].shape[-1]), *teacher[1:])
-
-    keep_N = (weight_N != 0) | (label_weight_N != 0)
-    if not bool(keep_N.all()):
-        hidden_ND, weight_N, label_weight_N = hidden_ND[keep_N], weight_N[keep_N], label_weight_N[keep_N]
-        labels = None if labels is None else labels[keep_N]
-        teacher = None if teacher is None else (teacher[0][keep_N], *teacher[1:])
-    if labels is not None:
-        labels = labels.where(label_weight_N != 0, 0)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < student.size:
-            raise ValueError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}, outside the vocabulary of "
-                f"{student.size} entries (and not {IGNORE_INDEX})"
-            )
-
-    divergence_norm, label_norm = torch.ones_like(ones_N[:0].sum()), torch.ones_like(ones_N[:0].sum())
-    if reduction == "mean":
-        divergence_norm, label_norm = _sum_or_one(weight_N), _sum_or_one(label_weight_N)
-    # Gradients are kept before the division by the norm, where half precision has room for them.
-    norm = label_norm if teacher is None or weights[0] == 0 else divergence_norm
-    device = hidden.device.type
-    work = _Work(
-        teacher=teacher,
-        labels_N=labels,
-        divergence_scale_N=weight_N * (weights[0] * norm / divergence_norm),
-        label_scale_N=label_weight_N * (weights[1] * norm / label_norm),
-        chunk_tokens=chunk_tokens or _default_chunk(student.size, dtype, device),
-        autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+    hidden_ND = hidden.flatten(0, -2)
+    keep_N = torch.stack([term.row_weight != 0 for term in terms]).any(0)
+    if not keep_N.all():
+        hidden_ND, terms = hidden_ND[keep_N], [term.keep(keep_N) for term in terms]
+    plan = _Plan(
+        student=student,
+        terms=terms,
+        needs_grad=tuple(
+            torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+            for tensor in (hidden_ND, student.weight, student.bias)
+        ),
+        chunk_tokens=chunk_tokens or default_chunk_tokens(student.size, hidden.device),
+        reduction=reduction,
     )
-    loss, divergence_N, cross_entropy_N = _HeadLoss.apply(
-        hidden_ND, student.weight_VD, student.bias_V, student, work, norm, torch.is_grad_enabled()
-    )
-    cross_entropy = (label_weight_N * cross_entropy_N).sum() / label_norm
-    return LinearDivergence(
-        loss, (weight_N * divergence_N).sum() / divergence_norm, None if labels is None else cross_entropy
-    )
+    loss, *values = _LinearLoss.apply(hidden_ND, student.weight, student.bias, plan)
+    return loss, tuple(values)
 
 
-class _HeadLoss(torch.autograd.Function):
-    """The loss of all rows; its gradients are ready when the forward pass ends."""
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    student: _Head
+    terms: Sequence[_Term]
+    needs_grad: tuple[bool, ...]
+    chunk_tokens: int
+    reduction: _Reduction
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Loss and values of the terms. The gradients are ready when the forward pass ends; backward scales them."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        student: _Head,
-        work: _Work,
-        norm: Tensor,
-        training: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        need = tuple(
-            training and tensor is not None and tensor.requires_grad
-            for tensor in (hidden_ND, weight_VD, bias_V)
-        )
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            result = _run(hidden_ND, student, work, need)
-        loss = (
-            work.divergence_scale_N @ result.divergence_N + work.label_scale_N @ result.cross_entropy_N
-        ) / norm
-        ctx.save_for_backward(*result[2:], student.scale / norm)
-        ctx.mark_non_differentiable(result.divergence_N, result.cross_entropy_N)
-        return loss, result.divergence_N, result.cross_entropy_N
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: _Plan
+    ) -> tuple[Tensor, ...]:
+        device_type = hidden_ND.device.type
+        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        terms = plan.terms
+        norms = [_norm(term, plan.reduction) for term in terms]
+        # The gradients wait for the backward pass undivided by this norm: float16 has no room for 1 / N.
+        norm = next((own for term, own in zip(terms, norms, strict=True) if term.coefficient != 0), norms[0])
+        scales = [term.row_weight * (term.coefficient * norm / own) for term, own in zip(terms, norms, strict=True)]
+        with torch.autocast(device_type, enabled=False):
+            losses, grads = _run(hidden_ND, plan, scales, autocast)
+        values = [
+            reduce(loss_N, weight=term.row_weight, reduction=plan.reduction)
+            for term, loss_N in zip(terms, losses, strict=True)
+        ]
+        loss = torch.stack([term.coefficient * value for term, value in zip(terms, values, strict=True)]).sum()
+        ctx.save_for_backward(*grads, plan.student.scale / norm)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V)]
+        ctx.mark_non_differentiable(*values)
+        return loss, *values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *grads, scale = ctx.saved_tensors
         scale = scale * grad_loss
-        return (*(None if grad is None else grad * scale for grad in grads), None, None, None, None)
+        return (
+            *(
+                None if grad is None else torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+                for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+            ),
+            None,
+        )
 
 
-def _run(hidden_ND: Tensor, student: _Head, work: _Work, need: tuple[bool, ...]) -> _Result:
-    """Row losses, and the gradients of sum(scale * loss) that are needed, one chunk of rows at a time."""
-    N = len(hidden_ND)
-    need_hidden, need_weight, need_bias = need
-    compute = _compute_dtype(hidden_ND, work.autocast)
-    head = student.to(compute)
-    accumulate = torch.promote_types(student.weight_VD.dtype, torch.float32)
-    grad_hidden_ND = torch.zeros_like(hidden_ND) if need_hidden else None
-    grad_weight_VD = torch.zeros_like(student.weight_VD, dtype=accumulate) if need_weight else None
-    grad_bias_V = None
-    if need_bias and student.bias_V is not None:
-        grad_bias_V = torch.zeros_like(student.bias_V, dtype=accumulate)
-    divergence_N = torch.zeros_like(work.divergence_scale_N)
-    cross_entropy_N = torch.zeros_like(work.label_scale_N)
-    if work.teacher is not None:
-        teacher_hidden_NE, teacher_head, divergence = work.teacher
-        teacher_compute = _compute_dtype(teacher_hidden_NE, work.autocast)
-        teacher_head = teacher_head.to(teacher_compute)
+def _run(
+    hidden_ND: Tensor, plan: _Plan, scales: Sequence[Tensor], autocast: torch.dtype | None
+) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+    """Loss of every row by term, and the gradients of sum(scale * loss), in one pass over the chunks."""
+    head, hidden_ND = plan.student.ready(autocast), _cast(hidden_ND, autocast)
+    terms = [term.ready(autocast) for term in plan.terms]
+    losses = [torch.zeros_like(scale_N) for scale_N in scales]
+    accumulator = losses[0].dtype
+    grad_hidden_ND, grad_weight_VD, grad_bias_V = (
+        torch.zeros_like(tensor, dtype=dtype) if tensor is not None and needed else None
+        for tensor, dtype, needed in zip(
+            (hidden_ND, plan.student.weight, plan.student.bias),
+            (hidden_ND.dtype, accumulator, accumulator),
+            plan.needs_grad,
+            strict=True,
+        )
+    )
+    for chunk in _chunks(len(hidden_ND), plan.chunk_tokens):
+        z_CV = head.logits(hidden_ND[chunk])
+        grads: list[tuple[Tensor, Tensor]] = []
+        for term, scale_N, loss_N in zip(terms, scales, losses, strict=True):
+            with_grad = any(plan.needs_grad) and term.coefficient != 0
+            loss_N[chunk], term_grad_CV = term.chunk_loss(z_CV, chunk, with_grad)
+            if term_grad_CV is not None:
+                grads.append((term_grad_CV, scale_N[chunk].unsqueeze(-1)))
+        if not grads:
+            continue
+        grad_CV, scale_C1 = _merge_(grads)
+        grad_CV = head.before_cap_(grad_CV, z_CV)
+        if grad_bias_V is not None:
+            grad_bias_V[: head.size].addmv_(grad_CV.T, scale_C1.squeeze(-1))
+        grad_CV = grad_CV.to(hidden_ND.dtype)
+        if grad_hidden_ND is not None:
+            grad_hidden_ND[chunk] = (grad_CV @ head.weight).mul_(scale_C1)
+        if grad_weight_VD is not None:
+            scaled_CD = (hidden_ND[chunk] * scale_C1).to(grad_CV.dtype)
+            _add_product_(grad_weight_VD[: head.size], grad_CV.T, scaled_CD)
+    return losses, (grad_hidden_ND, grad_weight_VD, grad_bias_V)
 
-    for chunk in _chunks(N, work.chunk_tokens):
-        hidden_CD = hidden_ND[chunk].to(compute)
-        z_CV = head.logits(hidden_CD)
-        grad_CV: Tensor | None = None
-        row_scale_C = None
-        if work.teacher is not None:
-            teacher_z_CV = teacher_head.logits(teacher_hidden_NE[chunk].to(teacher_compute))
-            if any(need):
-                loss_C, grad_CV = value_and_grad(divergence, z_CV, teacher_z_CV)
-            else:
-                loss_C = divergence(z_CV, teacher_z_CV)
-            divergence_N[chunk] = loss_C
-        if work.labels_N is not None:
-            ...
-    return _Result(divergence_N, cross_entropy_N, grad_hidden_ND, grad_weight_VD, grad_bias_V)
+
+def _merge_(grads: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One gradient and its row scale from one per term, in place.
+
+    With a single term the scale is left for the narrow side of the products that follow: (C, D), not (C, V).
+    """
+    (grad_CV, scale_C1), *others = grads
+    if not others:
+        return grad_CV, scale_C1
+    grad_CV.mul_(scale_C1)
+    for other_CV, other_scale_C1 in others:
+        grad_CV.addcmul_(other_CV, other_scale_C1)
+    return grad_CV, torch.ones_like(scale_C1)
+
+
+def _norm(term: _Term, reduction: _Reduction) -> Tensor:
+    return total_weight(term.row_weight) if reduction == "mean" else term.row_weight.new_ones(())
+
+
+def _chunks(n: int, chunk: int) -> Iterator[slice]:
+    """As few slices of at most ``chunk`` rows as cover ``n`` rows, of nearly equal length."""
+    count = math.ceil(n / chunk)
+    for k in range(count):
+        yield slice(k * n // count, (k + 1) * n // count)
+
+
+def _add_product_(sum_VD: Tensor, x_VC: Tensor, y_CD: Tensor) -> None:
+    """sum += x @ y, where the sum may be of higher precision than the factors."""
+    if sum_VD.dtype == x_VC.dtype:
+        sum_VD.addmm_(x_VC, y_CD)
+    else:
+        sum_VD.add_(x_VC @ y_CD)
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Cast as autocast does: float64 stays as it is."""
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
+def _label_term(labels: Tensor, weight_N: Tensor, shape: torch.Size, vocab_size: int, coefficient: float) -> _LabelTerm:
+    _check_shape("labels_N", labels.shape, shape)
+    labels_N = labels.flatten()
+    weight_N = weight_N.where(labels_N != IGNORE_INDEX, 0)
+    labels_N = labels_N.where(weight_N != 0, 0)
+    wrong_N = (labels_N < 0) | (labels_N >= vocab_size)
+    if wrong_N.any():
+        raise ValueError(f"label {int(labels_N[wrong_N][0])} is outside the vocabulary of {vocab_size} entries")
+    return _LabelTerm(labels=labels_N, row_weight=weight_N, coefficient=coefficient)
+
+
+def _row_weights(name: str, weight: Tensor | None, hidden: Tensor) -> Tensor:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if weight is None:
+        return torch.ones(hidden.shape[:-1].numel(), dtype=dtype, device=hidden.device)
+    _check_shape(name, weight.shape, hidden.shape[:-1])
+    return weight.detach().flatten().to(dtype)
+
+
+def _check_shape(name: str, shape: torch.Size, expected: torch.Size) -> None:
+    if shape != expected:
+        raise ValueError(f"{name}: leading shape {tuple(shape)}, but the hidden states have {tuple(expected)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from stillhouse.core.errors import RunError
+from stillhouse.base.errors import RunError
 from stillhouse.report.html import (
     RunRecord,
     StageRecord,
@@ -69,7 +70,7 @@ def write_model_card(
         _what(run, base_model, dataset, teacher),
         _how(run),
         _figures(run, figures or {}),
-        _load() if causal else "",
+        _load(model_dir) if causal else "",
         _repeat(run),
         _limits(run, dataset),
     ]
@@ -89,7 +90,8 @@ def _what(run: RunRecord, base_model: str | None, dataset: str | None, teacher: 
         sentences.append(f"Its weights started from {_name(base_model)}.")
     if dataset:
         sentences.append(f"It was trained on {_name(dataset)}.")
-    sentences.append(f"Made with Stillhouse, system `{_code(run.system)}`, run `{_code(run.name)}`.")
+    system = f"system `{_code(run.system)}`, " if run.system else ""
+    sentences.append(f"Made with Stillhouse, {system}run `{_code(run.name)}`.")
     return " ".join(sentences)
 
 
@@ -109,7 +111,7 @@ def _how(run: RunRecord) -> str:
         parts.append(_markdown(["stage", "kind", "steps", "time", "status"], rows, numeric={2, 3}))
     if run.config:
         rows = [
-            [f"`{_code(name)}`", f"`{_code(plain(run.config[name]))}`", run.source(name)]
+            [f"`{_code(name)}`", f"`{_code(_away_from_home(plain(run.config[name])))}`", run.source(name)]
             for name in run.fields_by_source
         ]
         parts.append(
@@ -117,7 +119,7 @@ def _how(run: RunRecord) -> str:
             "*default*: the system's own value):"
         )
         parts.append(_markdown(["field", "value", "from"], rows))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
 def _figures(run: RunRecord, figures: Mapping[str, Any]) -> str:
@@ -126,9 +128,13 @@ def _figures(run: RunRecord, figures: Mapping[str, Any]) -> str:
         rows = [[_inline(str(name)), _inline(show(value))] for name, value in figures.items()]
         parts.append(_markdown(["figure", "value"], rows, numeric={1}))
     for table in _tables(run):
-        title = f"**{_inline(table.title)}**\n\n" if table.title else ""
-        notes = "".join(f"\n\n{_inline(note)}" for note in table.notes)
-        parts.append(title + _table(table) + notes)
+        if table.title:
+            parts.append(f"**{_inline(table.title)}**")
+        parts.append(_table(table))
+        if table.marks:
+            parts.append("Bold: best of the rows other than a teacher.")
+        parts.extend(_inline(note) for note in table.notes)
+        parts.extend(f"{_inline(one.label)}: {_inline(one.help)}" for one in table.columns if one.help)
     return "\n\n".join(["## Figures", *parts]) if parts else ""
 
 
@@ -149,21 +155,19 @@ def _table(table: Table) -> str:
     return _markdown(head, rows, numeric=set(range(1, len(head))))
 
 
-def _load() -> str:
-    return """## How to load it
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
-```"""
+def _load(model_dir: Path) -> str:
+    names, lines = ["AutoModelForCausalLM"], ['model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")']
+    if any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        names.append("AutoTokenizer")
+        lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")')
+    code = "\n".join([f"from transformers import {', '.join(names)}", "", *lines])
+    return f"## How to load it\n\n```python\n{code}\n```"
 
 
 def _repeat(run: RunRecord) -> str:
     parts = []
     if run.argv:
-        command = command_line(run.argv).replace(str(Path.home()), "~")
+        command = _away_from_home(command_line(run.argv))
         fence = "`" * max(3, 1 + max((len(run_) for run_ in re.findall(r"`+", command)), default=0))
         parts.append(f"{fence}sh\n{command}\n{fence}")
     facts = [f"{_inline(package)} {_inline(text(version))}" for package, version in run.versions.items()]
@@ -191,12 +195,10 @@ def _limits(run: RunRecord, dataset: str | None) -> str:
         fields = ", ".join(f"`{_code(name)}`" for name in by_demo)
         limits.append(f"Set by the defaults of the embedded task, not by the published method: {fields}.")
     if run.status != "done":
-        limits.append(
-            f"The run is not finished; its status was {_inline(run.status)} when this card was written."
-        )
+        limits.append(f"The run is not finished; its status was {_inline(run.status)} when this card was written.")
     limits.extend(_non_finite(stage) for stage in run.stages if _lost(stage))
     if not dataset:
-        limits.append("The training data is not named by the run.")
+        limits.append("The training data was not named when this card was written.")
     limits.append("No licence is stated: it depends on those of the teacher, the base model and the data.")
     return "## Limits\n\n" + "\n".join(f"- {one}" for one in limits)
 
@@ -230,13 +232,13 @@ def _library(model_dir: Path, architecture: str) -> str:
 
 def _is_hub_id(name: str | None) -> bool:
     """Whether ``name`` reads as ``owner/repository`` of the hub and is no path on this machine."""
-    if not name or name.count("/") != 1 or name.startswith((".", "~")) or Path(name).exists():
+    if not name or name.count("/") != 1:
         return False
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return True
+    return not Path(name).exists()
 
 
 def _name(name: str) -> str:
@@ -246,13 +248,15 @@ def _name(name: str) -> str:
     return f"`{_code(Path(name).name or name)}`"
 
 
+def _away_from_home(value: str) -> str:
+    """``value`` without the path of the home folder: a card travels, and the user's name need not."""
+    home = os.path.expanduser("~")
+    return value.replace(f"{home}/", "~/") if len(home) > 1 else value
+
+
 def _inline(value: str) -> str:
     """``value`` as one line of Markdown text, with no markup of its own."""
-    return (
-        re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(value.split()))
-        .replace("\\<", "&lt;")
-        .replace("\\>", "&gt;")
-    )
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(value.split())).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def _code(value: str) -> str:

@@ -41,12 +41,13 @@ PALETTE: dict[str, tuple[str, str]] = {  # CSS variable: (light, dark)
 }
 SERIES_COLORS = ("s1", "s2", "s3", "s4", "s5", "s6")
 DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2.5), (1.5, 1.8), (7, 2, 1.5, 2), (3, 1.5), (10, 3))
-MAX_POINTS = 240  # the figures are about 400 px wide; every point more is invisible
+MAX_POINTS = 160  # the figures are about 320 px wide; what lies closer is noise, and drawn as a band
 MAX_ROWS = 12
 
 _PLACEHOLDER = {name: f"#fe00{index:02x}" for index, name in enumerate(PALETTE)}
-_WIDTH, _HEIGHT = 5.0, 2.75  # inches of 72 units; the viewBox is 360 wide
-_SMALL = 9.0
+_WIDTH, _HEIGHT = 4.4, 2.55  # inches of 72 units: about one unit per CSS pixel in a row of three
+_SMALL = 10.0
+_STEPS = (1, 2, 2.5, 5, 10)
 _RC = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a "$" in a name is a dollar
@@ -64,7 +65,7 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    color: str = "s1"
+    color: str = "ink"
     dash: tuple[float, ...] = ()
     width: float = 1.5
 
@@ -88,6 +89,14 @@ class Key:
     last: str
 
 
+RELIABILITY_KEYS = [
+    Key("accuracy", "s1", "", ""),
+    Key("gap to confidence", "s2", "", ""),
+    Key("perfect calibration", "axis", "4 3", ""),
+    Key("number of predictions", "s6", "", ""),
+]
+
+
 @dataclass(frozen=True)
 class Plot:
     """One figure for the page: the SVG, what stands around it, and the numbers behind it."""
@@ -96,6 +105,7 @@ class Plot:
     title: str
     svg: str
     keys: list[Key] = field(default_factory=list)
+    bucket: int = 1  # how many logged values one point of the longest line stands for
     notes: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
@@ -157,11 +167,8 @@ def line_plot(
     every = [value for one in drawn for value in one.finite]
     low, high = min(every), max(every)
     log = not unit_interval and low > 0 and high / low > 50
-    notes = ["logarithmic axis"] if log else []
-    longest = max(len(one.y) for one in drawn)
-    if longest > MAX_POINTS:
-        each = round(longest / MAX_POINTS, 1)
-        notes.append(f"each point is the mean of about {each:g} logged values, the band their range")
+    notes = []
+    bucket = max(_bucket(len(one.y)) for one in drawn)
     for one in series:
         lost = [step for step, value in zip(one.x, one.y, strict=True) if not math.isfinite(value)]
         if lost:
@@ -171,7 +178,7 @@ def line_plot(
 
     with matplotlib.rc_context(_RC | {"svg.hashsalt": id}):
         figure = Figure(figsize=(_WIDTH, _HEIGHT))
-        axes = _axes(figure, (0.125, 0.17, 0.855, 0.71))
+        axes = _axes(figure, (0.125, 0.175, 0.835, 0.695))
         for one in drawn:
             x, mean, least, most = _buckets(one)
             if len(x) < len(one.y):
@@ -197,12 +204,13 @@ def line_plot(
             axes.set_ylim(-0.02, 1.02)
             axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
         else:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.yaxis.set_major_formatter(_Ticks())
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
         axes.xaxis.set_major_formatter(_Ticks())
         axes.margins(x=0.015)
-        _label(axes, "step", ylabel)
+        _make_room(axes)
+        _label(axes, "step", f"{ylabel} (log scale)" if log else ylabel)
         svg = _svg(figure, id, f"{title}: {ylabel} over training steps")
 
     steps = sorted({step for one in series for step in one.x})
@@ -215,7 +223,7 @@ def line_plot(
         Key(one.name, one.color, " ".join(f"{length:g}" for length in one.dash), compact(one.finite[-1]))
         for one in drawn
     ]
-    return Plot(id, title, svg, keys, notes, columns, rows)
+    return Plot(id, title, svg, keys, bucket, notes, columns, rows)
 
 
 @dataclass(frozen=True)
@@ -241,22 +249,20 @@ def bar_plot(id: str, title: str, xlabel: str, bars: Sequence[Bar], *, most: int
     if any(bar.faint for bar in usable):
         notes.append("faint: taken from an earlier run")
 
-    labels = [shorten(bar.label, 24) for bar in usable]
-    left = min(max(len(label) for label in labels) * 5.4 + 10, 150) / (72 * _WIDTH)
-    height = 0.23 * len(usable) + 0.6
+    labels = [shorten(bar.label, 20) for bar in usable]
+    left = min(max(len(label) for label in labels) * 5.7 + 8, 130) / (72 * _WIDTH)
+    height = 0.25 * len(usable) + 0.65
     longest = max(bar.value for bar in usable)
     with matplotlib.rc_context(_RC | {"svg.hashsalt": id}):
         figure = Figure(figsize=(_WIDTH, height))
-        axes = _axes(figure, (left, 0.48 / height, 0.84 - left, 1 - 0.53 / height))
+        axes = _axes(figure, (left, 0.52 / height, 0.8 - left, 1 - 0.57 / height))
         axes.grid(False, axis="y")
         axes.grid(True, axis="x", color=_PLACEHOLDER["grid"], linewidth=0.7)
         axes.spines["bottom"].set_visible(False)
         axes.spines["left"].set_visible(True)
         axes.spines["left"].set_color(_PLACEHOLDER["axis"])
         for row, bar in enumerate(usable):
-            axes.barh(
-                row, bar.value, height=0.62, color=_PLACEHOLDER["accent"], alpha=0.35 if bar.faint else 0.9
-            )
+            axes.barh(row, bar.value, height=0.62, color=_PLACEHOLDER["accent"], alpha=0.35 if bar.faint else 0.9)
             axes.annotate(
                 bar.shown,
                 (bar.value, row),
@@ -278,12 +284,10 @@ def bar_plot(id: str, title: str, xlabel: str, bars: Sequence[Bar], *, most: int
         _label(axes, xlabel, "")
         svg = _svg(figure, id, f"{title}, {xlabel}, one bar per stage")
     rows = [[bar.label, bar.shown] for bar in usable]
-    return Plot(id, title, svg, [], notes, ["stage", xlabel], rows)
+    return Plot(id, title, svg, notes=notes, columns=["stage", xlabel], rows=rows)
 
 
-def reliability_plot(
-    id: str, name: str, bins: Sequence[tuple[float, float, float]], ece: float
-) -> Plot | None:
+def reliability_plot(id: str, name: str, bins: Sequence[tuple[float, float, float]], ece: float) -> Plot | None:
     """Accuracy against confidence, bin by bin, over a histogram of the counts.
 
     Args:
@@ -299,13 +303,12 @@ def reliability_plot(
     gaps = [after - before for before, after in itertools.pairwise(confidences)]
     width = min(max(0.7 * min(gaps, default=0.07), 0.006), 0.07)
     with matplotlib.rc_context(_RC | {"svg.hashsalt": id}):
-        figure = Figure(figsize=(_WIDTH, 4.5))
-        axes = _axes(figure, (0.125, 0.34, 0.855, 0.595))
+        figure = Figure(figsize=(_WIDTH, 4.1))
+        left = (max(4, len(compact(max(counts)))) * 5.6 + 8) / (72 * _WIDTH)
+        axes = _axes(figure, (left, 0.34, 0.96 - left, 0.585))
         axes.plot([0, 1], [0, 1], color=_PLACEHOLDER["axis"], linewidth=0.9, linestyle=(0, (4, 3)))
         for confidence, accuracy in points:
-            axes.plot(
-                [confidence] * 2, [confidence, accuracy], color=_PLACEHOLDER["s2"], linewidth=3, alpha=0.45
-            )
+            axes.plot([confidence] * 2, [confidence, accuracy], color=_PLACEHOLDER["s2"], linewidth=3, alpha=0.45)
         axes.plot(
             *zip(*points, strict=True),
             color=_PLACEHOLDER["s1"],
@@ -322,24 +325,18 @@ def reliability_plot(
             axis.set_major_formatter(_Ticks())
         axes.set_xticklabels([])
         _label(axes, "", "accuracy (0 to 1)")
-        below = _axes(figure, (0.125, 0.105, 0.855, 0.15))
+        below = _axes(figure, (left, 0.115, 0.96 - left, 0.135))
         below.bar(confidences, counts, width=width, color=_PLACEHOLDER["s6"])
         below.set_xlim(-0.02, 1.02)
         below.xaxis.set_major_locator(quarters)
         below.xaxis.set_major_formatter(_Ticks())
         below.yaxis.set_major_locator(MaxNLocator(2))
         below.yaxis.set_major_formatter(_Ticks())
-        _label(below, "confidence (0 to 1)", "predictions (count)", rise=1.08)
+        _label(below, "confidence (0 to 1)", "predictions (count)", rise=1.14)
         svg = _svg(figure, id, f"Reliability of {name}: accuracy against confidence, with counts")
-    keys = [
-        Key("accuracy", "s1", "", ""),
-        Key("gap to confidence", "s2", "", ""),
-        Key("perfect calibration", "axis", "4 3", ""),
-        Key("predictions", "s6", "", ""),
-    ]
     rows = [[compact(value) for value in kept[index]] for index in evenly(len(kept), 2 * MAX_ROWS)]
-    title = f"{name}: ECE {compact(ece)}" if math.isfinite(ece) else name
-    return Plot(id, title, svg, keys, [], ["confidence", "accuracy", "predictions"], rows)
+    title = f"{name}: ECE {ece:.3f}" if math.isfinite(ece) else name
+    return Plot(id, title, svg, columns=["confidence", "accuracy", "predictions"], rows=rows)
 
 
 class _Ticks(Formatter):
@@ -355,9 +352,7 @@ class _Ticks(Formatter):
         if not steps or not 1e-3 <= largest < 1e5 or max(steps) > 1.5 * min(steps):
             return [compact(value) for value in values]
         step = steps[0]
-        digits = next(
-            (d for d in range(9) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * 10**d * step), 9
-        )
+        digits = next((d for d in range(9) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * 10**d * step), 9)
         return [f"{value:,.{digits}f}".replace("-", "−") for value in values]
 
 
@@ -375,6 +370,15 @@ def _axes(figure: Figure, box: tuple[float, float, float, float]) -> Any:
     return axes
 
 
+def _make_room(axes: Any) -> None:
+    """Move the left edge of the axes to where the tick labels end."""
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    longest = max((len(label) for label in axes.yaxis.get_major_formatter().format_ticks(ticks)), default=1)
+    box, left = axes.get_position(), (longest * 5.6 + 8) / (72 * _WIDTH)
+    axes.set_position((left, box.y0, box.x1 - left, box.height))
+
+
 def _label(axes: Any, xlabel: str, ylabel: str, *, rise: float = 1.04) -> None:
     """Axis labels; the vertical one lies flat above its axis, where it is read without a tilted head."""
     if xlabel:
@@ -385,19 +389,24 @@ def _label(axes: Any, xlabel: str, ylabel: str, *, rise: float = 1.04) -> None:
         axes.text(left, rise, ylabel, transform=axes.transAxes, fontsize=_SMALL, color=color, va="bottom")
 
 
+def _bucket(count: int) -> int:
+    return -(-count // MAX_POINTS)
+
+
 def _buckets(one: Series) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Positions, means, minima and maxima of at most MAX_POINTS buckets; one without finite values is a gap."""
-    x, y = np.asarray(one.x, dtype=float), np.asarray(one.y, dtype=float)
-    y = np.where(np.isfinite(y), y, np.nan)
-    if len(y) <= MAX_POINTS:
-        return list(x), list(y), list(y), list(y)
+    """Positions, means, minima and maxima of equal buckets; one without finite values is a gap."""
+    size = _bucket(len(one.y))
     columns: list[tuple[float, float, float, float]] = []
-    for part in np.array_split(np.arange(len(y)), MAX_POINTS):
-        values = y[part][~np.isnan(y[part])]
-        mean_, least_, most_ = (
-            (values.mean(), values.min(), values.max()) if len(values) else (np.nan, np.nan, np.nan)
+    for start in range(0, len(one.y), size):
+        values = [value for value in one.y[start : start + size] if math.isfinite(value)] or [math.nan]
+        columns.append(
+            (
+                float(np.mean(one.x[start : start + size])),
+                float(np.mean(values)),
+                float(min(values)),
+                float(max(values)),
+            )
         )
-        columns.append((float(x[part].mean()), float(mean_), float(least_), float(most_)))
     where, mean, least, most = (list(column) for column in zip(*columns, strict=True))
     return where, mean, least, most
 
@@ -412,9 +421,7 @@ def _svg(figure: Figure, id: str, label: str) -> str:
     head = re.search(r"<svg[^>]*viewBox=\"([^\"]+)\"[^>]*>", text)
     assert head is not None
     body = text[head.end() : text.rindex("</svg>")]
-    body = re.sub(
-        r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.S
-    )
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.S)
     used = set(re.findall(r"url\(#([^)]+)\)|xlink:href=\"#([^\"]+)\"", body))
     referenced = {name for pair in used for name in pair if name}
     body = re.sub(

@@ -22,10 +22,11 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from stillhouse.core.errors import RunError
+from stillhouse.base.errors import RunError
 from stillhouse.report.figures import (
     DASHES,
     PALETTE,
+    RELIABILITY_KEYS,
     SERIES_COLORS,
     Bar,
     Plot,
@@ -96,7 +97,7 @@ class Table:
         """The student rows that show the best value; empty unless ``better`` is set and the rows differ."""
         values = {row: number(self.rows[row].get(column.key)) for row in self.students}
         known = {row: value for row, value in values.items() if math.isfinite(value)}
-        if column.better not in ("lower", "higher") or len({self.cell(row, column) for row in known}) < 2:
+        if column.better is None or len({self.cell(row, column) for row in known}) < 2:
             return set()
         pick = min if column.better == "lower" else max
         shown = self.cell(pick(known, key=lambda row: known[row]), column)
@@ -187,9 +188,7 @@ def read_run(run_dir: Path) -> RunRecord:
     folders = [text(one) for one in listed(raw.get("stages"))]
     folders = [one for one in folders if one and Path(one).name == one and one not in (".", "..")]
     if (path / "stages").is_dir():
-        folders += sorted(
-            one.name for one in (path / "stages").iterdir() if one.is_dir() and one.name not in folders
-        )
+        folders += sorted(one.name for one in (path / "stages").iterdir() if one.is_dir() and one.name not in folders)
     return RunRecord(
         path=path,
         name=text(raw.get("name")) or path.resolve().name,
@@ -208,11 +207,11 @@ def read_run(run_dir: Path) -> RunRecord:
         git=mapping(raw.get("git")),
         argv=hide_arguments([text(one) for one in listed(raw.get("argv"))]),
         raw=raw,
-        stages=[_read_stage(path / "stages" / folder) for folder in folders],
+        stages=[_read_stage(path / "stages" / folder, run_failed=raw.get("status") == "failed") for folder in folders],
     )
 
 
-def _read_stage(folder: Path) -> StageRecord:
+def _read_stage(folder: Path, *, run_failed: bool) -> StageRecord:
     problems: list[str] = []
     raw = mapping(_read_json(folder / "stage.json", problems)) if folder.is_dir() else {}
     name = re.sub(r"^\d+-", "", folder.name)
@@ -231,6 +230,12 @@ def _read_stage(folder: Path) -> StageRecord:
             train.setdefault(text(line.get("player")), {})[step] = line
         elif line.get("kind") == "eval":
             evals[step] = line
+    status = text(raw.get("status")) or ("unknown" if folder.is_dir() else "not started")
+    seconds = number(raw.get("seconds"))
+    if status == "running":
+        logged = [number(lines[max(lines)].get("seconds")) for lines in train.values()]
+        seconds = max((one for one in logged if math.isfinite(one)), default=seconds)
+        status = "failed" if run_failed else status
     artifact = data / "artifact"
     about = mapping(raw.get("artifact"))
     kind = text(about.get("kind"))
@@ -238,8 +243,8 @@ def _read_stage(folder: Path) -> StageRecord:
         folder=folder.name,
         name=text(raw.get("name")) or name,
         kind=text(raw.get("kind")),
-        status=text(raw.get("status")) or ("not started" if not folder.is_dir() else "unknown"),
-        seconds=number(raw.get("seconds")),
+        status=status,
+        seconds=seconds,
         peak_memory_mb=number(raw.get("peak_memory_mb")),
         steps=number(raw.get("steps")),
         metrics=mapping(raw.get("metrics")),
@@ -266,7 +271,7 @@ def _table(raw: Any) -> Table | None:
             key=text(one.get("key")),
             label=text(one.get("label")) or text(one.get("key")),
             format=text(one.get("format")),
-            better=one.get("better"),
+            better=one.get("better") if one.get("better") in ("lower", "higher") else None,
             help=text(one.get("help")),
         )
         for one in listed(raw.get("columns"))
@@ -343,7 +348,7 @@ def show(value: Any, format_spec: str = "") -> str:
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return plain(value)
+        return text(value) if isinstance(value, str) else plain(value)
     if not math.isfinite(number(value)):
         return compact(number(value))
     if format_spec and _FORMAT.fullmatch(format_spec):
@@ -358,7 +363,7 @@ def show(value: Any, format_spec: str = "") -> str:
 def plain(value: Any) -> str:
     """A configuration value as it would be typed: strings bare, the rest as JSON."""
     if isinstance(value, str):
-        return value
+        return value or '""'
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -491,6 +496,7 @@ def render(run: RunRecord) -> str:
         state=_state(run),
         results=[stage for stage in run.stages if stage.table],
         reliability=_reliability(run),
+        reliability_keys=RELIABILITY_KEYS,
         samples=samples[:MOST_SAMPLES],
         samples_left=max(len(samples) - MOST_SAMPLES, 0),
         open_samples=OPEN_SAMPLES,
@@ -511,13 +517,15 @@ def _spread(stages: list[StageRecord], most: int) -> list[StageRecord]:
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
     raw = run.raw
     word = {"done": "finished", "running": "unfinished", "failed": "failed"}.get(run.status, run.status)
+    done = sum(stage.status == "done" for stage in run.stages)
     facts = [
         ("Run", run.name),
         ("Status", word),
         ("Started", when(raw.get("created"))),
-        ("Duration", duration(run.seconds)),
+        ("Duration" if run.status in ("done", "failed") else "Time so far", duration(run.seconds)),
         ("Seed", text(raw.get("seed"))),
-        ("Stages", f"{sum(one.status == 'done' for one in run.stages)} of {len(run.stages)} done"),
+        ("Stages", str(done) if done == len(run.stages) else f"{done} done, {len(run.stages) - done} not"),
+        ("Card", text(raw.get("card"))),
     ]
     return [(label, value) for label, value in facts if value and value != "–"]
 
@@ -538,24 +546,19 @@ def _state(run: RunRecord) -> dict[str, str]:
         }
     if run.status == "done":
         return {}
-    reached = ""
-    if stopped:
-        steps = [number(lines[-1].get("step")) for lines in stopped.train.values() if lines]
-        reached = f" The last line logged there is of step {compact(max(steps))}." if steps else ""
-    line = "It may still be going, or it may have been stopped; the page shows what was on disk." + reached
-    return {
-        "kind": "running",
-        "head": f"This run was not finished{where} when this page was written.",
-        "line": line,
-        "rest": "",
-    }
+    line = "It may still be going, or it may have been stopped; the page shows what was on disk."
+    steps = [number(lines[-1].get("step")) for lines in stopped.train.values()] if stopped else []
+    if steps:
+        line += f" The last line logged there is of step {compact(max(steps))}."
+    at = f" it had come to stage {stopped.label}" if stopped else " it was not done"
+    return {"kind": "running", "head": f"Unfinished:{at} when this page was written.", "line": line, "rest": ""}
 
 
 def _samples(stage: StageRecord) -> Iterator[dict[str, Any]]:
     for one in stage.samples:
-        outputs = {str(name): plain(output) for name, output in mapping(one.get("outputs")).items()}
+        outputs = {str(name): text(output) for name, output in mapping(one.get("outputs")).items()}
         if outputs:
-            yield {"prompt": plain(one.get("prompt", "")), "outputs": outputs}
+            yield {"prompt": text(one.get("prompt")), "outputs": outputs}
 
 
 def _reliability(run: RunRecord) -> list[Plot]:
@@ -579,6 +582,11 @@ class Group:
     plots: list[Plot]
     constants: list[tuple[str, str]]
 
+    @property
+    def bucket(self) -> int:
+        """How many logged values a point stands for, at most."""
+        return max((plot.bucket for plot in self.plots), default=1)
+
 
 def _looks(stages: Sequence[StageRecord]) -> dict[str, tuple[str, tuple[float, ...]]]:
     """Colour and dash of each loss term: the same term looks the same all over the page."""
@@ -594,12 +602,9 @@ def _looks(stages: Sequence[StageRecord]) -> dict[str, tuple[str, tuple[float, .
     }
 
 
-def _training(
-    stage: StageRecord, looks: Mapping[str, tuple[str, tuple[float, ...]]], prefix: str
-) -> list[Group]:
+def _training(stage: StageRecord, looks: Mapping[str, tuple[str, tuple[float, ...]]], prefix: str) -> list[Group]:
     players = [
-        _player(player, lines, looks, f"{prefix}p{index}")
-        for index, (player, lines) in enumerate(stage.train.items())
+        _player(player, lines, looks, f"{prefix}p{index}") for index, (player, lines) in enumerate(stage.train.items())
     ]
     names = dict.fromkeys(name for line in stage.evals for name in mapping(line.get("metrics")))
     plots: list[Plot | None] = []
@@ -610,18 +615,16 @@ def _training(
             for line in stage.evals
             if name in mapping(line.get("metrics"))
         ]
-        one = Series(name, [x for x, _ in points], [y for _, y in points], "s1")
+        one = Series(name, [x for x, _ in points], [y for _, y in points])
         if len(points) == 1:
-            constants.append(
-                (f"{name} at step {compact(points[0][0])}, evaluated once", compact(points[0][1]))
-            )
+            constants.append((f"{name} at step {compact(points[0][0])}, evaluated once", compact(points[0][1])))
         else:
             plots.append(line_plot(f"{prefix}e{index}", f"Evaluation: {name}", name, [one], markers=True))
-    evals = Group("evaluation", [plot for plot in plots if plot], constants)
+    evals = Group("", [plot for plot in plots if plot], constants)
     if len(players) == 1 and players[0].plots:
         only = players[0]
         return [Group("", [only.plots[0], *evals.plots, *only.plots[1:]], only.constants + evals.constants)]
-    return [group for group in (*players, evals) if group.plots or group.constants]
+    return [group for group in (evals, *players) if group.plots or group.constants]
 
 
 def _player(
@@ -633,9 +636,7 @@ def _player(
     constants: list[tuple[str, str]] = []
     plots: list[Plot | None] = []
 
-    def series(
-        name: str, read: Any, color: str = "ink", dash: tuple[float, ...] = (), width: float = 1.5
-    ) -> Series:
+    def series(name: str, read: Any, color: str = "ink", dash: tuple[float, ...] = (), width: float = 1.5) -> Series:
         points = [(number(line["step"]), number(found)) for line in lines for found in read(line)]
         return Series(name, [x for x, _ in points], [y for _, y in points], color, dash, width)
 
@@ -665,15 +666,17 @@ def _player(
         if all(one.constant for one in many) and not always:
             constants.extend((label.format(one.name), compact(one.y[0])) for one in many)
         else:
-            plots.append(
-                line_plot(f"{prefix}f{len(plots)}", title, ylabel, many, unit_interval=unit_interval)
-            )
+            plots.append(line_plot(f"{prefix}f{len(plots)}", title, ylabel, many, unit_interval=unit_interval))
 
     def field_of(key: str) -> Any:
         return lambda line: [line[key]] if key in line else []
 
     total = series("total", field_of("loss"), width=1.8)
-    plot("Loss", "loss", [total, *terms("value")], "loss {}", always=True)
+    parts = terms("value")
+    if len(parts) == 1 and parts[0].x == total.x and parts[0].y == total.y:
+        plot(f"Loss: {parts[0].name}", "loss", parts, "loss {}", always=True)
+    else:
+        plot("Loss", "loss", [total, *parts], "loss {}", always=True)
     plot("Weights of the terms", "weight", terms("weight"), "weight of {}")
     plot(
         "Gradient shares",
@@ -696,7 +699,7 @@ def _player(
     plot("Throughput", "tokens per second", [speed], "{}")
     if len(values) > MOST_VALUES:
         constants.append(("named values not drawn", str(len(values) - MOST_VALUES)))
-    return Group(f"player {player}" if player else "", [one for one in plots if one], constants)
+    return Group(f"Player: {player}" if player else "", [one for one in plots if one], constants)
 
 
 def _cost(run: RunRecord) -> list[Plot]:
@@ -714,16 +717,14 @@ def _cost(run: RunRecord) -> list[Plot]:
 def _machine(run: RunRecord) -> list[tuple[str, str]]:
     machine, git = run.machine, run.git
     devices = ", ".join(plain(one) for one in listed(machine.get("devices")))
-    revision = text(git.get("revision"))
+    revision = text(git.get("revision"))[:12]
     facts = [
         ("Platform", text(machine.get("platform"))),
         ("Processor", text(machine.get("processor"))),
         ("Cores", text(machine.get("cores"))),
         (
             "Memory",
-            f"{compact(number(machine['memory_gb']))} GB"
-            if math.isfinite(number(machine.get("memory_gb")))
-            else "",
+            f"{compact(number(machine['memory_gb']))} GB" if math.isfinite(number(machine.get("memory_gb"))) else "",
         ),
         ("Devices", devices),
         (

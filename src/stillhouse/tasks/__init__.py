@@ -1,0 +1,1 @@
+"""Tasks: what a domain hands to systems, on embedded data or on the user's models and data."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from stillhouse.core.checkpoint import whole_file
-from stillhouse.core.errors import ConfigError, suggest
+from stillhouse.base.errors import ConfigError, suggest
+from stillhouse.base.files import whole_file
 
 
 class Tracker(Protocol):
@@ -49,7 +50,9 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, run: str, config: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(project="stillhouse", name=run, dir=str(folder), config=dict(config), id=run, resume="allow")
+        self._run = wandb.init(
+            project="stillhouse", name=run, dir=str(folder), config=dict(config), id=run, resume="allow"
+        )
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         self._run.log({**scalars, "step": step})
@@ -87,7 +90,12 @@ class MLflow:
         self._mlflow.end_run()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio, "mlflow": MLflow}
+TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+    "mlflow": MLflow,
+}
 
 
 def start_trackers(names: Sequence[str], folder: Path, run: str, config: Mapping[str, Any]) -> list[Tracker]:
@@ -106,9 +114,7 @@ def start_trackers(names: Sequence[str], folder: Path, run: str, config: Mapping
 class MetricsFile:
     """Append-only JSON lines; a half-written last line is dropped on reading."""
 
-    def __init__(
-        self, path: Path, trackers: Sequence[Tracker] = (), stage: str = "", *, active: bool = True
-    ) -> None:
+    def __init__(self, path: Path, trackers: Sequence[Tracker] = (), stage: str = "", *, active: bool = True) -> None:
         self.path = path
         self.trackers = trackers
         self.stage = stage
@@ -168,16 +174,35 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(name: str, total: int, *, unit: str = "steps", quiet: bool = False, every: float = 10.0) -> Iterator[Bar]:
+def progress_bar(
+    name: str, total: int, *, unit: str = "steps", quiet: bool = False, every: float = 10.0
+) -> Iterator[Bar]:
     """A `Bar` for a stage of ``total`` units."""
     if quiet or not sys.stderr.isatty():
         yield Bar(name, total, unit, None, quiet, every)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = [TextColumn("{task.description:<12}"), BarColumn(bar_width=28), MofNCompleteColumn(), TextColumn(unit)]
-    columns += [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}")]
+    columns = [
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+    ]
+    columns += [
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    ]
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(name, total=total, note="")
         yield Bar(name, total, unit, lambda **fields: progress.update(task, **fields), quiet, every)
@@ -194,10 +219,8 @@ class PeakMemory:
     def __init__(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark afresh
-        except OSError:
-            pass
 
     def mebibytes(self) -> float:
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():

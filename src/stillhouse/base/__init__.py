@@ -1,0 +1,1 @@
+"""The ground under the core: errors, files that appear whole, typed fields, progress and trackers. No training."""

@@ -1,0 +1,73 @@
+"""What is here: systems by taxonomy and verdict, one system in full, the installation."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stillhouse.base.facts import machine, versions
+from stillhouse.base.fields import field_help, field_hints, field_type
+from stillhouse.base.files import read_json
+from stillhouse.core.run import cache_folder
+from stillhouse.core.system import System
+from stillhouse.systems import all_systems, get_system
+
+RESULTS = Path("results/claims")
+EXTRAS = ("wandb", "mlflow", "trackio", "deepspeed", "peft", "trl")
+
+
+def verdict(name: str, results: Path = RESULTS) -> str | None:
+    """The committed verdict on a system's first claim, or None."""
+    file = results / f"{name}.json"
+    return read_json(file)["verdict"] if file.exists() else None
+
+
+def row(system: type[System]) -> dict[str, Any]:
+    """A system's place in the taxonomy, as one flat record."""
+    return {"name": system.name(), **dataclasses.asdict(system.meta), "verdict": verdict(system.name())}
+
+
+def rows(**wanted: str) -> list[dict[str, Any]]:
+    """All systems, or those where every named axis contains the wanted text."""
+    axes = {"access": "teacher_access"}
+    found = [row(system) for system in all_systems().values()]
+    return [
+        one
+        for one in found
+        if all(text.lower() in str(one[axes.get(axis, axis)]).lower() for axis, text in wanted.items())
+    ]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Everything about one system, its fields included."""
+    system = get_system(name)
+    hints = field_hints(system)
+    fields = [
+        {
+            "name": f.name,
+            "type": field_type(hints[f.name]),
+            "default": f.default,
+            "demo": system.demo.get(f.name),
+            "help": field_help(hints[f.name]),
+        }
+        for f in dataclasses.fields(system)
+    ]
+    return {**row(system), "doc": inspect.getdoc(system) or "", "fields": fields}
+
+
+def installation() -> dict[str, dict[str, Any]]:
+    """Versions, optional packages, machine and disk."""
+    optional = {}
+    for package in EXTRAS:
+        try:
+            optional[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            optional[package] = "not installed"
+    cache = cache_folder()
+    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+    places = {"cache": str(cache), "free disk": f"{free / 2**30:.1f} GiB"}
+    return {"versions": versions(), "optional": optional, "machine": machine(), "places": places}

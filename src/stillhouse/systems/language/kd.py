@@ -1,0 +1,74 @@
+"""Knowledge distillation as first published, for language models."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le
+
+from stillhouse.core.artifact import Artifact
+from stillhouse.core.run import Run
+from stillhouse.core.stage import Stage
+from stillhouse.core.system import Claim, Meta
+from stillhouse.losses.divergences import ForwardKL
+from stillhouse.objectives.language import TokenMatch, head_of
+from stillhouse.tasks.language import LanguageSystem, LanguageTask
+
+
+@dataclass(kw_only=True)
+class KD(LanguageSystem):
+    """Distilling the knowledge in a neural network (Hinton, Vinyals and Dean, 2015, arXiv 1503.02531).
+
+    alpha * T^2 KL(teacher_T || student_T) + (1 - alpha) * cross-entropy, token by token on the text.
+    """
+
+    meta = Meta(
+        title="Knowledge distillation",
+        domain="language",
+        family="logit KD",
+        citation="Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network, arXiv 1503.02531",
+        feedback="logits",
+    )
+    demo = {**LanguageSystem.demo, "temperature": 1.0}
+
+    temperature: Annotated[float, "softens both distributions", Gt(0)] = 2.0
+    alpha: Annotated[float, "weight of the teacher; the labels get the rest", Ge(0), Le(1)] = 0.9
+
+    def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
+        task = yield from LanguageTask.prepare(self, run)
+        teacher = head_of(task.observed_teacher())
+        models = {
+            "student": (
+                yield task.train(
+                    "student",
+                    lambda student: TokenMatch(
+                        head_of(student),
+                        teacher,
+                        ForwardKL(temperature=self.temperature),
+                        divergence_weight=self.alpha,
+                        cross_entropy=1 - self.alpha,
+                        vocab_size=task.vocab_size,
+                    ),
+                )
+            )
+        }
+        if self.baseline:
+            models["baseline"] = yield task.baseline()
+        yield task.evaluation(models)
+
+    def claims(self) -> list[Claim]:
+        return [
+            Claim(
+                statement="a student trained on the teacher's distributions and the text predicts held-out text better "
+                "than the same student trained on the text alone",
+                metric="validation loss, nats per token",
+                method="kd",
+                baseline="sft",
+                variants={"kd": ("kd", {"baseline": False}), "sft": ("sft", {})},
+                measure=lambda artifacts: artifacts["evaluation"].metrics["student/val_loss"],
+                higher_is_better=False,
+                budget="equal steps, batches and initial weights",
+            )
+        ]

@@ -1,0 +1,39 @@
+"""Supervised fine-tuning: no teacher; the baseline of every language system."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from stillhouse.core.artifact import Artifact
+from stillhouse.core.run import Run
+from stillhouse.core.stage import Stage
+from stillhouse.core.system import Meta
+from stillhouse.objectives.language import TokenCrossEntropy, head_of
+from stillhouse.tasks.language import LanguageSystem, LanguageTask
+
+
+@dataclass(kw_only=True)
+class SFT(LanguageSystem):
+    """The student on the text alone, by next-token cross-entropy.
+
+    The teacher gives the student its shape and tokenizer, and a row in the table; it teaches nothing.
+    """
+
+    meta = Meta(
+        title="Supervised fine-tuning",
+        domain="language",
+        family="baseline",
+        feedback="none",
+        teacher_access="none",
+        knowledge="data",
+        scheme="none",
+    )
+    demo = {**LanguageSystem.demo, "baseline": False}
+
+    def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
+        task = yield from LanguageTask.prepare(self, run)
+        student = yield task.train(
+            "student", lambda student: TokenCrossEntropy(head_of(student), vocab_size=task.vocab_size)
+        )
+        yield task.evaluation({"student": student})

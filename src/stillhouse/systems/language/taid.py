@@ -1,0 +1,67 @@
+"""TAID: the teacher comes closer as the student learns."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Le, Lt
+
+from stillhouse.core.artifact import Artifact
+from stillhouse.core.run import Run
+from stillhouse.core.schedule import Scheduled, linear
+from stillhouse.core.stage import Stage
+from stillhouse.core.system import Claim, Meta
+from stillhouse.losses.divergences import InterpolatedForwardKL
+from stillhouse.objectives.adaptive import MomentumRamp
+from stillhouse.objectives.language import TokenMatch, head_of
+from stillhouse.tasks.language import LanguageSystem, LanguageTask
+
+
+@dataclass(kw_only=True)
+class TAID(LanguageSystem):
+    """Temporally adaptive interpolated distillation (Shing et al., ICLR 2025, arXiv 2501.16937).
+
+    The student matches p_t = softmax((1 - t) sg(student) + t teacher); t grows from ``t_start`` to ``t_end``, never
+    slower than a straight line, and faster while the loss falls.
+    """
+
+    meta = Meta(
+        card=48,
+        title="TAID",
+        domain="language",
+        family="logit KD, adaptive intermediate teacher",
+        citation="Shing et al. (2025), TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge "
+        "Transfer in Language Models, ICLR 2025, arXiv 2501.16937",
+        feedback="logits",
+    )
+
+    t_start: Annotated[float, "share of the teacher in the first target (0.2 for close pairs)", Ge(0), Le(1)] = 0.4
+    t_end: Annotated[float, "share of the teacher in the last target", Ge(0), Le(1)] = 1.0
+    alpha: Annotated[float, "size of the adaptive steps of t", Ge(0)] = 5e-4
+    beta: Annotated[float, "momentum of the loss's relative change", Ge(0), Lt(1)] = 0.99
+    adaptive: Annotated[bool, "let the loss drive t; off: t follows the straight line"] = True
+    epochs: Annotated[float, "passes over the data"] = 5.0
+    lr: Annotated[float, "peak learning rate of AdamW"] = 1e-4
+
+    def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
+        task = yield from LanguageTask.prepare(self, run)
+        teacher = head_of(task.observed_teacher())
+
+        def objective(student: object) -> TokenMatch:
+            t: Scheduled = (
+                MomentumRamp(self.t_start, self.t_end, alpha=self.alpha, beta=self.beta)
+                if self.adaptive
+                else linear(self.t_start, self.t_end)
+            )
+            divergence = InterpolatedForwardKL(t=self.t_start)
+            return TokenMatch(head_of(student), teacher, divergence, t=t, vocab_size=task.vocab_size, name="TAID")
+
+        models = {"student": (yield task.train("student", objective))}
+        if self.baseline:
+            models["baseline"] = yield task.baseline()
+        yield task.evaluation(models)
+
+    def claims(self) -> list[Claim]:
+        return []

@@ -1,0 +1,315 @@
+"""The language task: teachers, students and text, embedded or the user's own.
+
+`LanguageSystem` has the fields that all language systems share; `LanguageTask.prepare` turns them into a teacher, a
+student, batches and measurements. On the embedded task the text is the English documentation inside CPython, and a
+small teacher is trained on it once and kept in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import nn
+
+from stillhouse.base.errors import ConfigError
+from stillhouse.core.artifact import Artifact, Column, Table
+from stillhouse.core.objective import Objective
+from stillhouse.core.observed import Batch, Observed
+from stillhouse.core.player import Player, adamw
+from stillhouse.core.run import Run
+from stillhouse.core.schedule import Schedule, cosine, linear, wsd
+from stillhouse.core.source import Batches
+from stillhouse.core.stage import Context, Evaluate, Stage
+from stillhouse.core.system import System
+from stillhouse.core.train import Train
+from stillhouse.data.text import TextData, load_text
+from stillhouse.data.windows import Windows, tokenize_windows
+from stillhouse.metrics.language import compare_causal_lms, tokens_per_second
+from stillhouse.models.causal_lm import (
+    load_causal_lm,
+    new_causal_lm,
+    parameter_count,
+    student_from_spec,
+)
+from stillhouse.models.tokenizers import check_same_tokenizer, train_bpe
+from stillhouse.objectives.language import TokenCrossEntropy, head_of
+
+DEMO = "demo"
+
+
+@dataclass(kw_only=True)
+class LanguageSystem(System):
+    """Fields of every system that distils causal language models."""
+
+    teacher: Annotated[
+        str, "directory or hub id of a causal LM; 'demo': a small one, trained once on the demo text"
+    ] = DEMO
+    student: Annotated[
+        str, "directory, hub id, or the teacher's architecture made smaller: scale:0.25, layers=4,hidden_size=256"
+    ] = "scale:0.25"
+    data: Annotated[str, ".txt, .jsonl, .json or .parquet file, folder, hub data set id, or 'demo'"] = DEMO
+    split: Annotated[str | None, "split of a hub data set"] = None
+    text_field: Annotated[str | None, "column that holds the text; found by itself by default"] = None
+    on_bad_record: Annotated[Literal["error", "skip"], "what to do with a broken record"] = "error"
+    validation: Annotated[float, "share of the documents held out", Gt(0), Lt(1)] = 0.05
+    window: Annotated[int, "tokens in a training sequence", Ge(8)] = 512
+    batch_size: Annotated[int, "sequences in a step", Ge(1)] = 64
+    accumulate: Annotated[int, "micro-batches a step is split into", Ge(1)] = 1
+    epochs: Annotated[float, "passes over the data", Gt(0)] = 3.0
+    steps: Annotated[int | None, "optimizer steps; by default as many as the epochs need"] = None
+    lr: Annotated[float, "peak learning rate of AdamW", Gt(0)] = 1e-4
+    lr_schedule: Annotated[Literal["cosine", "linear", "wsd", "constant"], "course of the learning rate"] = "cosine"
+    warmup: Annotated[float, "share of the steps over which the learning rate rises", Ge(0), Lt(1)] = 0.0
+    weight_decay: Annotated[float, "decoupled weight decay", Ge(0)] = 0.01
+    beta2: Annotated[float, "AdamW's second momentum", Gt(0), Lt(1)] = 0.999
+    clip: Annotated[float | None, "largest gradient norm", Gt(0)] = 1.0
+    keep: Annotated[Literal["last", "best"], "weights kept: the last, or those with the lowest validation loss"] = (
+        "last"
+    )
+    baseline: Annotated[bool, "also train the same student on the text alone, for comparison"] = False
+    eval_windows: Annotated[int, "validation sequences looked at during training", Ge(1)] = 64
+    gradient_checkpointing: Annotated[bool, "trade time for memory in the student"] = False
+    compile: Annotated[bool, "compile the student with torch.compile"] = False
+    trust_remote_code: Annotated[bool, "run code that comes with a model"] = False
+
+    demo: ClassVar[dict[str, Any]] = {
+        "window": 128,
+        "batch_size": 16,
+        "epochs": 8.0,
+        "lr": 2e-3,
+        "warmup": 0.05,
+        "beta2": 0.99,
+        "weight_decay": 0.1,
+        "keep": "best",
+        "baseline": True,
+    }
+
+    def is_demo(self) -> bool:
+        return self.__dict__["teacher"] == DEMO and self.__dict__["data"] == DEMO
+
+    def learning_rate(self) -> Schedule:
+        """The course of the learning rate, as a factor."""
+        if self.lr_schedule == "wsd":
+            return wsd(warmup=self.warmup)
+        shape = cosine if self.lr_schedule == "cosine" else linear
+        return shape(1.0, 1.0 if self.lr_schedule == "constant" else 0.0, warmup=self.warmup)
+
+
+@dataclass
+class LanguageTask:
+    """What a language system works with, once its fields have been turned into objects."""
+
+    system: LanguageSystem
+    run: Run
+    teacher: nn.Module
+    tokenizer: Any
+    data: TextData
+    windows: Windows
+    vocab_size: int
+    new_student: Callable[[], nn.Module]
+
+    @staticmethod
+    def prepare(system: LanguageSystem, run: Run) -> Generator[Stage, Artifact, LanguageTask]:
+        """Build the task; on the embedded task this yields the stage that trains the teacher."""
+        data = load_text(
+            system.data, split=system.split, text_field=system.text_field, on_bad_record=system.on_bad_record
+        )
+        if data.skipped:
+            run.say(f"{data.name}: skipped {data.skipped} bad record(s), such as {data.skipped_examples[0]}")
+        if system.teacher == DEMO:
+            if system.data != DEMO:
+                raise ConfigError("teacher=demo is trained on data=demo; for your own data pass your own teacher")
+            teacher, tokenizer = yield from _demo_teacher(data, run)
+        else:
+            teacher, tokenizer = load_causal_lm(system.teacher, trust_remote_code=system.trust_remote_code)
+        windows = tokenize_windows(
+            data, tokenizer, window=system.window, validation=system.validation, seed=system.seed
+        )
+        new_student, vocab_size = _student_builder(system, teacher, tokenizer)
+        return LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a training stage."""
+        system = self.system
+        per_epoch = max(1, len(self.windows.train) // (system.batch_size * system.accumulate))
+        return system.steps or max(1, round(system.epochs * per_epoch))
+
+    def observed_teacher(self) -> Observed:
+        """The frozen teacher."""
+        return Observed(self.teacher, frozen=True, name="teacher", options={"use_cache": False})
+
+    def train(self, name: str, objective: Callable[[Observed], Objective]) -> Train:
+        """A stage that trains a new student: ``objective`` gets the observed student."""
+        system = self.system
+        model = self.new_student()
+        if system.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        student = Observed(model, name=name, options={"use_cache": False})
+        player = Player(
+            name,
+            student,
+            objective(student),
+            optimizer=adamw(system.lr, betas=(0.9, system.beta2), weight_decay=system.weight_decay),
+            lr=system.learning_rate(),
+            clip=system.clip,
+        )
+        return Train(
+            name,
+            player,
+            source=Batches(self.windows.train, system.batch_size, seed=system.seed, gather=True),
+            steps=self.steps,
+            accumulate=system.accumulate,
+            evaluate=partial(self.validation_figures, model),
+            best="val_loss" if system.keep == "best" else None,
+            save=partial(save_pretrained, tokenizer=self.tokenizer),
+            compile=system.compile,
+        )
+
+    def baseline(self) -> Train:
+        """The same student on the text alone: what distillation has to beat."""
+        return self.train("baseline", lambda student: TokenCrossEntropy(head_of(student), vocab_size=self.vocab_size))
+
+    def load(self, artifact: Artifact) -> nn.Module:
+        """The model a stage left."""
+        model, _ = load_causal_lm(str(artifact.path), trust_remote_code=self.system.trust_remote_code)
+        return model.to(self.run.fabric.device).eval()
+
+    def validation_batches(self, most: int | None = None) -> Iterator[Batch]:
+        """The held-out text in batches."""
+        count = min(len(self.windows.validation), most or len(self.windows.validation))
+        for start in range(0, count, 8):
+            rows = self.windows.validation[list(range(start, min(count, start + 8)))]
+            yield self.run.fabric.to_device(rows)
+
+    def validation_figures(self, model: nn.Module) -> dict[str, float]:
+        """Validation loss and perplexity, on the first windows: the curve shown during training."""
+        batches = self.validation_batches(self.system.eval_windows)
+        figures = compare_causal_lms({"model": model}, batches, vocab_size=self.vocab_size)["model"]
+        return {"val_loss": figures.loss, "perplexity": figures.perplexity}
+
+    def evaluation(self, models: dict[str, Artifact]) -> Evaluate:
+        """The final table: the teacher beside the models that were trained."""
+        return Evaluate("evaluation", partial(self._evaluate, models))
+
+    def _evaluate(self, artifacts: dict[str, Artifact], context: Context) -> tuple[Table, dict[str, Any]]:
+        models: dict[str, nn.Module] = {"teacher": self.teacher.to(self.run.fabric.device).eval()}
+        models |= {name: self.load(artifact) for name, artifact in artifacts.items()}
+        found = compare_causal_lms(models, self.validation_batches(), vocab_size=self.vocab_size, reference="teacher")
+        batch = next(self.validation_batches())
+        rows = []
+        for name, figures in found.items():
+            row = {
+                "name": name,
+                "parameters": parameter_count(models[name]),
+                "val_loss": figures.loss,
+                "perplexity": figures.perplexity,
+                "bits_per_byte": figures.bits_per_byte(self.windows.bytes_per_token),
+                "accuracy": figures.accuracy,
+                "agreement": figures.agreement,
+                "kl": figures.kl,
+                "ece": figures.reliability.ece,
+                "tokens_per_second": tokens_per_second(models[name], batch),
+            }
+            rows.append(row)
+            context.results |= {f"{name}/{key}": value for key, value in row.items() if key != "name"}
+        note = f"{found['teacher'].tokens:,} predicted tokens of held-out text ({self.data.name})."
+        files = {
+            "reliability.json": {name: figures.reliability.to_json() for name, figures in found.items()},
+            "samples.json": self._samples(models),
+        }
+        return Table("Held-out text", COLUMNS, rows, [note]), files
+
+    def _samples(self, models: dict[str, nn.Module], *, count: int = 3, tokens: int = 48) -> list[dict[str, Any]]:
+        """How the models continue the same beginnings of held-out text, greedily."""
+        prompt_length = max(1, min(24, self.system.window // 2))
+        rows = self.windows.validation[list(range(min(count, len(self.windows.validation))))]["input_ids"]
+        samples = []
+        for prompt in rows[:, :prompt_length].to(self.run.fabric.device):
+            outputs = {}
+            for name, model in models.items():
+                generated = model.generate(  # type: ignore[operator]
+                    input_ids=prompt[None],
+                    attention_mask=torch.ones_like(prompt[None]),
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                )
+                outputs[name] = self.tokenizer.decode(generated[0, prompt_length:], skip_special_tokens=True)
+            samples.append({"prompt": self.tokenizer.decode(prompt), "outputs": outputs})
+        return samples
+
+
+COLUMNS = [
+    Column("parameters", "parameters", ",d"),
+    Column("perplexity", "perplexity", ".2f", "lower", "exp of the mean negative log-likelihood per token"),
+    Column("bits_per_byte", "bits/byte", ".3f", "lower", "comparable between tokenizers"),
+    Column("agreement", "agreement", ".1%", "higher", "how often the most likely next token is the teacher's"),
+    Column("kl", "KL to teacher", ".3f", "lower", "mean KL(teacher || model) per token, nats"),
+    Column("ece", "ECE", ".3f", "lower", "expected calibration error of the most likely token, 15 bins"),
+    Column("tokens_per_second", "tokens/s", ",.0f", "higher", "tokens read per second in one forward, on this machine"),
+]
+
+
+def save_pretrained(model: Any, folder: Path, *, tokenizer: Any) -> None:
+    """Write a model and its tokenizer the way ``transformers`` loads them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _student_builder(system: LanguageSystem, teacher: Any, tokenizer: Any) -> tuple[Callable[[], nn.Module], int]:
+    """How to make a new student, and the vocabulary that both models share."""
+    spec = system.student
+    if (":" in spec and spec.split(":")[0] == "scale") or "=" in spec:
+        config = student_from_spec(spec, teacher.config)
+        return partial(new_causal_lm, config, seed=system.seed), check_same_tokenizer(tokenizer, tokenizer)
+    _, own = load_causal_lm(spec, trust_remote_code=system.trust_remote_code)
+    vocab_size = check_same_tokenizer(tokenizer, own)
+    return (lambda: load_causal_lm(spec, trust_remote_code=system.trust_remote_code)[0]), vocab_size
+
+
+TEACHER = {"vocab_size": 2048, "window": 128, "batch_size": 16, "epochs": 8.0, "lr": 1e-3, "seed": 0, "version": 1}
+
+
+def _demo_teacher(data: TextData, run: Run) -> Generator[Stage, Artifact, tuple[nn.Module, Any]]:
+    from transformers import LlamaConfig
+
+    tokenizer = train_bpe(data.documents["text"], vocab_size=TEACHER["vocab_size"])
+    windows = tokenize_windows(data, tokenizer, window=TEACHER["window"], validation=0.05, seed=TEACHER["seed"])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    cache = {**TEACHER, "data": data.fingerprint, "config": {**config.to_dict(), "transformers_version": None}}
+    batches = Batches(windows.train, TEACHER["batch_size"], seed=TEACHER["seed"], gather=True)
+
+    def player() -> Player:
+        teacher = Observed(new_causal_lm(config, seed=TEACHER["seed"]), name="teacher", options={"use_cache": False})
+        optimizer = adamw(TEACHER["lr"], betas=(0.9, 0.99), weight_decay=0.1)
+        objective = TokenCrossEntropy(head_of(teacher))
+        return Player("teacher", teacher, objective, optimizer=optimizer, lr=cosine(1.0, 0.0, warmup=0.05), clip=1.0)
+
+    trained = yield Train(
+        "teacher",
+        player,
+        source=batches,
+        steps=round(TEACHER["epochs"] * len(batches)),
+        save=partial(save_pretrained, tokenizer=tokenizer),
+        cache=cache,
+    )
+    return load_causal_lm(str(trained.path))
