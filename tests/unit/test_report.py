@@ -299,17 +299,19 @@ def test_stages_outside_the_run_are_not_read(tmp_path: Path) -> None:
     write_json(run / "run.json", record | {"stages": ["../../outside", "..", "01-teacher", "09-planned"]})
     stages = {stage.folder: stage.status for stage in read_run(run).stages}
     assert list(stages)[:2] == ["01-teacher", "09-planned"]
-    assert stages["09-planned"] == "not started"
+    assert stages["09-planned"] == "no record"
     assert len(stages) == 5
 
 
-def test_a_step_logged_twice_counts_once(tmp_path: Path) -> None:
+def test_steps_are_put_in_order_and_one_logged_twice_counts_once(tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", {})
     stage = tmp_path / "stages" / "01-a"
     write_json(stage / "stage.json", {"kind": "Train"})
-    lines = [{"step": step, "kind": "train", "player": "p", "loss": loss} for step, loss in ((1, 5), (2, 4), (2, 3))]
+    lines = [
+        {"step": step, "kind": "train", "player": "p", "loss": loss} for step, loss in ((3, 2), (1, 5), (2, 4), (2, 3))
+    ]
     write_lines(stage / "metrics.jsonl", lines)
-    assert [line["loss"] for line in read_run(tmp_path).stages[0].train["p"]] == [5, 3]
+    assert [line["loss"] for line in read_run(tmp_path).stages[0].train["p"]] == [5, 3, 2]
 
 
 def test_many_stages_make_a_bounded_page(tmp_path: Path) -> None:
@@ -355,8 +357,8 @@ def test_a_spike_is_not_averaged_away() -> None:
 
 
 def test_steep_positive_series_get_a_logarithmic_axis() -> None:
-    steep = line_plot("x", "Loss", "loss", [Series("a", [1, 2, 3], [100.0, 1.0, 0.01])])
-    mixed = line_plot("x", "Loss", "loss", [Series("a", [1, 2, 3], [100.0, 0.0, -1.0])])
+    steep = line_plot("x", "Loss", "loss", [Series("a", [1, 2, 3], [100.0, 1.0, 0.01])], steep=True)
+    mixed = line_plot("x", "Loss", "loss", [Series("a", [1, 2, 3], [100.0, 0.0, -1.0])], steep=True)
     assert steep is not None
     assert mixed is not None
     assert "log scale" in steep.svg

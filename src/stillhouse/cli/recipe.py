@@ -56,7 +56,8 @@ def write_recipe(cls: type[System]) -> str:
     for title, part in (("the method", cls), ("the run", RunOptions)):
         hints = field_hints(part)
         for position, f in enumerate(dataclasses.fields(part)):
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            factory = f.default_factory
+            default = f.default if factory is dataclasses.MISSING else factory()
             document[f.name] = default
             note = f"{field_help(hints[f.name])} [{field_type(hints[f.name])}]"
             before = f"\n-- {title} --\n{note}" if position == 0 else note

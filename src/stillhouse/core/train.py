@@ -236,7 +236,7 @@ class _Loop:
                     saved = time.monotonic()
                 if self._stop_signal is not None:
                     raise Interrupted(
-                        f"stopped at step {self.step} of {stage.steps}; go on with: stillhouse resume {self.run_.folder}"
+                        f"stopped at step {self.step} of {stage.steps}; go on: stillhouse resume {self.run_.folder}"
                     )
             self._log()
 
@@ -350,7 +350,7 @@ class _Loop:
                 continue
             names = [value.name for value in rows[0][2]]
             table = torch.stack([torch.stack([v.value.float() for v in values]) for _, _, values, _ in rows])
-            table = self.fabric.all_reduce(table, reduce_op="mean")  # type: ignore[assignment]
+            table = self.fabric.all_reduce(table, reduce_op="mean")
             self._check_finite(rows, names, table)
             weights = [sum(row[2][i].weight for row in rows) / len(rows) for i in range(len(names))]
             means = table.mean(0).tolist()

@@ -15,6 +15,7 @@ Combinations need no class: any callable of two logits tensors that keeps rows a
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -31,24 +32,32 @@ class RowDivergence(Protocol):
 
 @runtime_checkable
 class ClosedFormGradient(Protocol):
-    """A row divergence that knows its own gradient in the student logits."""
+    """A row divergence that knows its own gradient in the student logits; see ``value_and_grad``."""
 
-    def value_and_grad(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, /) -> tuple[Tensor, Tensor]: ...
+    def value_and_grad(
+        self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, /, *, overwrite: bool = False
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def value_and_grad(
-    divergence: RowDivergence, student_logits_NV: Tensor, teacher_logits_NV: Tensor
+    divergence: RowDivergence,
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Loss of every row and its gradient in the student logits, both detached: (..., V) -> (...), (..., V).
 
     Takes the closed form where the divergence has one and asks autograd otherwise, so that a divergence
-    written as a plain function works everywhere. The gradient is at least float32.
+    written as a plain function works everywhere. The gradient is at least float32. ``overwrite`` allows the
+    memory of both logits to be used up on the way; it changes no result.
     """
     if isinstance(divergence, ClosedFormGradient):
-        return divergence.value_and_grad(student_logits_NV, teacher_logits_NV)
+        return divergence.value_and_grad(student_logits_NV, teacher_logits_NV, overwrite=overwrite)
     with torch.enable_grad():
-        student_logits_NV = at_least_float32(student_logits_NV.detach()).requires_grad_()
-        loss_N = divergence(student_logits_NV, at_least_float32(teacher_logits_NV.detach()))
+        dtype = _working_dtype(student_logits_NV, teacher_logits_NV)
+        student_logits_NV = student_logits_NV.detach().to(dtype).requires_grad_()
+        loss_N = divergence(student_logits_NV, teacher_logits_NV.detach().to(dtype))
         (grad_NV,) = torch.autograd.grad(loss_N.sum(), student_logits_NV)
     return loss_N.detach(), grad_NV
 
@@ -70,23 +79,31 @@ class _Softened:
 
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
         """Loss of every row: (..., V), (..., V) -> (...)."""
-        loss_N = self._value(self._log_softmax(student_logits_NV), self._log_softmax(teacher_logits_NV))
-        return loss_N * self.temperature**2 if self.scale_by_t2 else loss_N
+        dtype = _working_dtype(student_logits_NV, teacher_logits_NV)
+        log_q_NV, log_p_NV = (
+            torch.log_softmax(logits_NV.to(dtype) / self.temperature, -1)
+            for logits_NV in (student_logits_NV, teacher_logits_NV)
+        )
+        return self._value(log_q_NV, log_p_NV) * self._value_scale
 
     @torch.no_grad()
-    def value_and_grad(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad(
+        self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, overwrite: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Loss of every row and its gradient in the student logits: (..., V), (..., V) -> (...), (..., V)."""
-        loss_N, grad_NV = self._value_and_grad(
-            self._log_softmax(student_logits_NV), self._log_softmax(teacher_logits_NV)
+        dtype = _working_dtype(student_logits_NV, teacher_logits_NV)
+        log_q_NV, log_p_NV = (
+            _log_softmax(logits_NV.to(dtype), self.temperature, overwrite)
+            for logits_NV in (student_logits_NV, teacher_logits_NV)
         )
+        loss_N, grad_NV = self._value_and_grad(log_q_NV, log_p_NV)
         if self.temperature != 1.0:
-            scale = self.temperature**2 if self.scale_by_t2 else 1.0
-            loss_N, grad_NV = loss_N * scale, grad_NV.mul_(scale / self.temperature)
-        return loss_N, grad_NV
+            grad_NV.mul_(self._value_scale / self.temperature)
+        return loss_N * self._value_scale, grad_NV
 
-    def _log_softmax(self, logits_NV: Tensor) -> Tensor:
-        logits_NV = at_least_float32(logits_NV)
-        return torch.log_softmax(logits_NV if self.temperature == 1.0 else logits_NV / self.temperature, -1)
+    @property
+    def _value_scale(self) -> float:
+        return self.temperature**2 if self.scale_by_t2 else 1.0
 
     def _value(self, log_q_NV: Tensor, log_p_NV: Tensor) -> Tensor:
         raise NotImplementedError
@@ -108,7 +125,7 @@ class ForwardKL(_Softened):
 
     def _value_and_grad(self, log_q_NV: Tensor, log_p_NV: Tensor) -> tuple[Tensor, Tensor]:
         p_NV = log_p_NV.exp()
-        loss_N = _dot(p_NV, log_p_NV.sub_(log_q_NV))
+        loss_N = log_p_NV.sub_(log_q_NV).mul_(p_NV).sum(-1)
         return loss_N, log_q_NV.exp_().sub_(p_NV)
 
 
@@ -160,7 +177,7 @@ class JensenShannon(_Softened):
     def _value_and_grad(self, log_q_NV: Tensor, log_p_NV: Tensor) -> tuple[Tensor, Tensor]:
         q_NV, p_NV = log_q_NV.exp(), log_p_NV.exp()
         log_m_NV = _log_(torch.lerp(q_NV, p_NV, self.beta))
-        kl_p_N = _dot(p_NV, log_p_NV.sub_(log_m_NV))
+        kl_p_N = log_p_NV.sub_(log_m_NV).mul_(p_NV).sum(-1)
         # d loss / d q = (1 - beta) log(q / m)
         terms_NV = log_q_NV.sub_(log_m_NV).mul_(q_NV)
         kl_q_N = terms_NV.sum(-1)
@@ -195,7 +212,7 @@ class SkewedForwardKL(_Softened):
             return ForwardKL()._value_and_grad(log_q_NV, log_p_NV)
         q_NV, p_NV = log_q_NV.exp_(), log_p_NV.exp()
         log_ratio_NV = log_p_NV.sub_(_log_(torch.lerp(q_NV, p_NV, self.alpha)))
-        loss_N = _dot(p_NV, log_ratio_NV)
+        loss_N = p_NV.mul_(log_ratio_NV).sum(-1)
         # d loss / d q = -(1 - alpha) p / m
         terms_NV = log_ratio_NV.exp_().mul_(q_NV)
         return loss_N, _minus_expectation_(terms_NV, q_NV, terms_NV.sum(-1)).mul_(self.alpha - 1)
@@ -228,7 +245,7 @@ class SkewedReverseKL(_Softened):
             return ReverseKL()._value_and_grad(log_q_NV, log_p_NV)
         q_NV = log_q_NV.exp()
         log_ratio_NV = log_q_NV.sub_(_log_(torch.lerp(log_p_NV.exp_(), q_NV, self.alpha)))
-        loss_N = _dot(q_NV, log_ratio_NV)
+        loss_N = (q_NV * log_ratio_NV).sum(-1)
         # d loss / d q = log(q / m) + 1 - alpha q / m; the constant vanishes behind the softmax
         slope_NV = log_ratio_NV.sub_(log_ratio_NV.exp(), alpha=self.alpha)
         terms_NV = slope_NV.mul_(q_NV)
@@ -326,20 +343,26 @@ class InterpolatedForwardKL:
 
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
         """Loss of every row: (..., V), (..., V) -> (...)."""
-        z_s_NV, z_p_NV = at_least_float32(student_logits_NV), at_least_float32(teacher_logits_NV)
+        dtype = _working_dtype(student_logits_NV, teacher_logits_NV)
+        z_s_NV, z_p_NV = student_logits_NV.to(dtype), teacher_logits_NV.to(dtype)
         z_s_NV = z_s_NV - z_s_NV.detach().amax(-1, keepdim=True)
-        z_t_NV = torch.lerp(z_s_NV.detach(), z_p_NV.to(z_s_NV.dtype), self.t)
+        z_t_NV = torch.lerp(z_s_NV.detach(), z_p_NV, self.t)
         p_t_NV = (z_t_NV - z_t_NV.logsumexp(-1, keepdim=True)).exp()
         # Not log_softmax: the gradient of logsumexp repeats p_t bit for bit at t = 0, so that q - p_t is 0.
         return z_s_NV.logsumexp(-1) - (p_t_NV * z_s_NV).sum(-1)
 
     @torch.no_grad()
-    def value_and_grad(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad(
+        self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, overwrite: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Loss of every row and its gradient in the student logits: (..., V), (..., V) -> (...), (..., V)."""
-        z_s_NV, z_p_NV = at_least_float32(student_logits_NV), at_least_float32(teacher_logits_NV)
-        p_t_NV = torch.log_softmax(torch.lerp(z_s_NV, z_p_NV.to(z_s_NV.dtype), self.t), -1).exp_()
-        log_q_NV = torch.log_softmax(z_s_NV, -1)
-        return _dot(p_t_NV, log_q_NV).neg_(), log_q_NV.exp_().sub_(p_t_NV)
+        dtype = _working_dtype(student_logits_NV, teacher_logits_NV)
+        z_s_NV, z_p_NV = student_logits_NV.to(dtype), teacher_logits_NV.to(dtype)
+        z_t_NV = torch.lerp(z_s_NV, z_p_NV, self.t, out=z_p_NV if overwrite else None)
+        p_t_NV = _log_softmax(z_t_NV, 1.0, True).exp_()
+        log_q_NV = _log_softmax(z_s_NV, 1.0, overwrite)
+        q_NV = log_q_NV.exp()
+        return -log_q_NV.mul_(p_t_NV).sum(-1), q_NV.sub_(p_t_NV)
 
 
 def reduce(
@@ -401,13 +424,18 @@ def common_vocabulary(student_size: int, teacher_size: int, vocab_size: int | No
     return vocab_size
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Raise half precision to float32; leave float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def _working_dtype(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
-def _dot(x_NV: Tensor, y_NV: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x_NV, y_NV)
+def _log_softmax(logits_NV: Tensor, temperature: float, overwrite: bool) -> Tensor:
+    """log softmax(logits / temperature), in the memory of the logits if that may be overwritten."""
+    if temperature != 1.0:
+        logits_NV = logits_NV.div_(temperature) if overwrite else logits_NV / temperature
+        overwrite = True
+    # The CPU kernel writes an element only after the last read of it; others do not promise that.
+    in_place = overwrite and logits_NV.device.type == "cpu"
+    return torch.log_softmax(logits_NV, -1, out=logits_NV if in_place else None)
 
 
 def _minus_expectation_(terms_NV: Tensor, q_NV: Tensor, sum_N: Tensor) -> Tensor:

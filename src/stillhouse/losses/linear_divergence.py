@@ -18,12 +18,10 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stillhouse.losses.divergences import (
     RowDivergence,
-    at_least_float32,
     common_vocabulary,
     reduce,
     total_weight,
@@ -96,10 +94,11 @@ def linear_divergence(
     - ``reduction``: "mean" divides each term by the sum of its weights (0 if all are 0), "sum" does not.
 
     Under autocast the matrix products run in its dtype and the rest in float32. The gradient of a
-    half-precision weight is summed over chunks in float32. The result is differentiable once.
+    half-precision weight is summed over chunks in float32.
 
     Raises ``ValueError`` on shapes that do not fit, labels outside the vocabulary, a divergence that does not
-    return one loss per row, or one that is a module with trainable parameters.
+    return one loss per row, or one that is a module with trainable parameters; ``RuntimeError`` on a backward
+    pass with ``create_graph=True``.
 
     After the fused losses of Liger Kernel (Hsu et al., 2024, arXiv 2410.10989) and Cut Cross-Entropy (Wijmans
     et al., 2024, arXiv 2411.09009); logit soft-capping as in Gemma 2 (arXiv 2408.00118).
@@ -179,18 +178,18 @@ class _Head:
         return replace(self, weight=_cast(self.weight[: self.size], autocast), bias=bias_V)
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        z_CV = at_least_float32(F.linear(hidden_CD, self.weight, self.bias))
+        """Logits of some rows, at least float32: (C, size)."""
+        z_CV = F.linear(hidden_CD, self.weight, self.bias)
+        z_CV = z_CV.to(torch.promote_types(z_CV.dtype, torch.float32))
         if self.scale != 1.0:
             z_CV.mul_(self.scale)
         if self.softcap is not None:
             z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
         return z_CV
 
-    def before_cap_(self, grad_CV: Tensor, z_CV: Tensor) -> Tensor:
-        """Carry a gradient back through the soft cap, in place; uses up the logits."""
-        if self.softcap is None:
-            return grad_CV
-        return grad_CV.mul_(z_CV.div_(self.softcap).square_().neg_().add_(1))
+    def cap_slope(self, z_CV: Tensor) -> Tensor | None:
+        """Slope of the soft cap where it gave these logits."""
+        return None if self.softcap is None else (z_CV / self.softcap).square_().neg_().add_(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +199,12 @@ class _Term:
     row_weight: Tensor
     coefficient: float
 
-    def chunk_loss(self, z_CV: Tensor, chunk: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """Loss of each row of the chunk, (C), and if asked for its gradient in the logits, (C, V)."""
+    def value(self, z_CV: Tensor, chunk: slice) -> Tensor:
+        """Loss of each row of the chunk: (C)."""
+        raise NotImplementedError
+
+    def value_and_grad(self, z_CV: Tensor, chunk: slice, *, overwrite: bool) -> tuple[Tensor, Tensor]:
+        """The same, and its gradient in the logits, (C, V), which may take the memory of the logits."""
         raise NotImplementedError
 
     def keep(self, keep_N: Tensor) -> Self:
@@ -219,17 +222,23 @@ class _TeacherTerm(_Term):
     head: _Head
     divergence: RowDivergence
 
-    def chunk_loss(self, z_CV: Tensor, chunk: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-        teacher_z_CV = self.head.logits(self.hidden[chunk])
-        grad_CV = None
-        if with_grad:
-            loss_C, grad_CV = value_and_grad(self.divergence, z_CV, teacher_z_CV)
-        else:
-            loss_C = self.divergence(z_CV, teacher_z_CV)
+    def value(self, z_CV: Tensor, chunk: slice) -> Tensor:
+        return self._by_row(self.divergence(z_CV, self._logits(z_CV, chunk)), z_CV)
+
+    def value_and_grad(self, z_CV: Tensor, chunk: slice, *, overwrite: bool) -> tuple[Tensor, Tensor]:
+        loss_C, grad_CV = value_and_grad(
+            self.divergence, z_CV if overwrite else z_CV.clone(), self._logits(z_CV, chunk), overwrite=True
+        )
+        return self._by_row(loss_C, z_CV), grad_CV
+
+    def _logits(self, z_CV: Tensor, chunk: slice) -> Tensor:
+        return self.head.logits(self.hidden[chunk]).to(z_CV.dtype)
+
+    def _by_row(self, loss_C: Tensor, z_CV: Tensor) -> Tensor:
         if loss_C.shape != z_CV.shape[:-1]:
             made = f"{tuple(loss_C.shape)} from logits of shape {tuple(z_CV.shape)}"
             raise ValueError(f"divergence must return one loss per row; it returned shape {made}")
-        return loss_C, grad_CV
+        return loss_C
 
     def keep(self, keep_N: Tensor) -> Self:
         return replace(self, row_weight=self.row_weight[keep_N], hidden=self.hidden[keep_N])
@@ -242,12 +251,13 @@ class _TeacherTerm(_Term):
 class _LabelTerm(_Term):
     labels: Tensor
 
-    def chunk_loss(self, z_CV: Tensor, chunk: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    def value(self, z_CV: Tensor, chunk: slice) -> Tensor:
+        return F.cross_entropy(z_CV, self.labels[chunk], reduction="none")
+
+    def value_and_grad(self, z_CV: Tensor, chunk: slice, *, overwrite: bool) -> tuple[Tensor, Tensor]:
         label_C1 = self.labels[chunk].unsqueeze(-1)
-        log_q_CV = torch.log_softmax(z_CV, -1)
+        log_q_CV = log_softmax(z_CV, overwrite=overwrite)
         loss_C = -log_q_CV.gather(-1, label_C1).squeeze(-1)
-        if not with_grad:
-            return loss_C, None
         q_CV = log_q_CV.exp_()
         return loss_C, q_CV.scatter_add_(-1, label_C1, q_CV.new_full(label_C1.shape, -1))
 
@@ -317,8 +327,12 @@ class _LinearLoss(torch.autograd.Function):
         return loss, *values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_divergence and linear_cross_entropy are differentiable once; for second derivatives "
+                "(create_graph=True) apply the divergence to full logits"
+            )
         *grads, scale = ctx.saved_tensors
         scale = scale * grad_loss
         return (

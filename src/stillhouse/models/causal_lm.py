@@ -400,7 +400,7 @@ CANONICAL = {
     "heads": ("num_attention_heads",),
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim",),
-    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
 }
 """Size -> names in configs; the first that the config has counts."""
 
@@ -514,7 +514,8 @@ def _decoder_config(config: PretrainedConfig) -> Any:
 def _name_in(config: PretrainedConfig, size: str) -> str | None:
     """What a config calls a size, or None."""
     for name in CANONICAL[size]:
-        if getattr(config, name, None) is not None:
+        computed = isinstance(getattr(type(config), name, None), property)  # Falcon's head_dim
+        if not computed and getattr(config, name, None) is not None:
             return config.attribute_map.get(name, name)
     return None
 
@@ -538,9 +539,10 @@ def _heads_for(teacher: _Shape, given: dict[str, int]) -> int:
     if "heads" in given or width == teacher.hidden_size:
         return given.get("heads", teacher.heads)
     per_head = teacher.hidden_size / teacher.heads
+    step = 8 if per_head >= 32 and per_head % 8 == 0 else 2  # rotary embeddings pair channels, kernels like 8
     divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
-    even = [heads for heads in divisors if width // heads % 2 == 0]  # rotary embeddings pair the channels
-    return min(even or divisors, key=lambda heads: abs(math.log(width / heads / per_head)))
+    regular = [heads for heads in divisors if width // heads % step == 0]
+    return min(regular or divisors, key=lambda heads: abs(math.log(width / heads / per_head)))
 
 
 def _widened(teacher: _Shape, given: dict[str, int], heads: int) -> _Shape:
@@ -609,11 +611,10 @@ def _resampled(values: list[Any], count: int) -> list[Any]:
 def _search(config: PretrainedConfig, teacher: _Shape, given: dict[str, int], ratio: float) -> PretrainedConfig:
     """The best of one candidate a width: the deepest that fits."""
     budget = ratio * _count(config)
-    if {"hidden_size", "heads"} & given.keys():
-        widths = [_heads_for(teacher, given)]
-    else:
-        widths = [n for n in range(1, teacher.heads + 1) if teacher.hidden_size * n % teacher.heads == 0]
-    shapes = [_widened(teacher, given, heads) for heads in widths]
+    shapes = [_widened(teacher, given, _heads_for(teacher, given))]
+    if not {"hidden_size", "heads"} & given.keys():
+        sizes = [{**given, "hidden_size": width} for width in _widths(teacher)]
+        shapes = [_widened(teacher, size, _heads_for(teacher, size)) for size in sizes]
     deepest = [_deepest(config, shape, budget, fixed="layers" in given) for shape in shapes]
     found = [candidate for candidate in deepest if candidate is not None]
     if not found:
@@ -621,13 +622,31 @@ def _search(config: PretrainedConfig, teacher: _Shape, given: dict[str, int], ra
             f"student: no model with scale {ratio} and the given sizes is small enough ({budget:,.0f} parameters); "
             "use a larger scale, or fewer fixed sizes (the embedding of the vocabulary does not shrink with depth)"
         )
+    best = min(found, key=lambda candidate: 1 - candidate[0] / budget + _misproportion(teacher, candidate[1]))
+    return _resized(config, best[1])
 
-    def cost(candidate: tuple[int, _Shape]) -> float:
-        count, shape = candidate
-        apart = math.log(shape.layers / teacher.layers) - math.log(shape.hidden_size / teacher.hidden_size)
-        return 1 - count / budget + 0.25 * abs(apart)
 
-    return _resized(config, min(found, key=cost)[1])
+def _widths(teacher: _Shape) -> list[int]:
+    """16 to 32 widths up to the teacher's, whole heads where its number of heads allows."""
+    heads, width = teacher.heads, teacher.hidden_size
+    whole = [n for n in range(16, 33) if width % n == 0 and (n % heads == 0 or heads % n == 0)]
+    other = heads if width % heads == 0 else math.gcd(width, 32)
+    count = min(whole, key=lambda n: abs(n - heads)) if whole else other
+    return [width // count * n for n in range(1, count + 1)]
+
+
+def _misproportion(teacher: _Shape, shape: _Shape) -> float:
+    """How far a student's proportions are from the teacher's, in shares of the budget worth giving up for them."""
+
+    def apart(first: float, second: float) -> float:
+        return abs(math.log(first / second))
+
+    groups = apart(shape.heads / (shape.kv_heads or 1), teacher.heads / (teacher.kv_heads or 1))
+    return (
+        0.25 * apart(shape.layers / teacher.layers, shape.hidden_size / teacher.hidden_size)
+        + 0.1 * apart(shape.hidden_size / shape.heads, teacher.hidden_size / teacher.heads)
+        + (0.1 * groups if shape.kv_heads else 0.0)
+    )
 
 
 def _deepest(config: PretrainedConfig, shape: _Shape, budget: float, *, fixed: bool) -> tuple[int, _Shape] | None:
@@ -636,7 +655,10 @@ def _deepest(config: PretrainedConfig, shape: _Shape, budget: float, *, fixed: b
         count = _count(_resized(config, shape))
         return (count, shape) if count <= budget else None
     most = shape.layers
-    counts = {layers: _count(_resized(config, replace(shape, layers=layers))) for layers in {1, most}}
+    counts = {1: _count(_resized(config, replace(shape, layers=1)))}
+    if counts[1] > budget:
+        return None
+    counts[most] = _count(_resized(config, shape))
     per_layer = (counts[most] - counts[1]) / max(1, most - 1)
     layers = most if counts[most] <= budget else int(1 + (budget - counts[1]) / per_layer)
     for depth in range(min(most, layers + 1), 0, -1):  # layers may differ, so the line is only a start
@@ -650,14 +672,15 @@ def _count(config: PretrainedConfig) -> int:
     """Parameters of a model of this config, built without memory for them."""
     from transformers import AutoModelForCausalLM
 
-    with _buildable(config), torch.device("meta"), _quiet():
+    with _buildable(config), torch.device("meta"):
         return parameter_count(AutoModelForCausalLM.from_config(config))
 
 
 @contextmanager
 def _buildable(config: PretrainedConfig) -> Iterator[None]:
     try:
-        yield
+        with _quiet():
+            yield
     except ModelError:
         raise
     except Exception as error:

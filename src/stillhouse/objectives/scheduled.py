@@ -18,9 +18,7 @@ class ScheduledDivergence(nn.Module):
 
     def __init__(self, divergence: RowDivergence, **scheduled: Scheduled) -> None:
         super().__init__()
-        known = (
-            {f.name for f in dataclasses.fields(cast(Any, divergence))} if dataclasses.is_dataclass(divergence) else {}
-        )
+        known = [f.name for f in dataclasses.fields(cast(Any, divergence))] if scheduled else []
         for name in scheduled:
             if name not in known:
                 raise ConfigError(f"{type(divergence).__name__} has no field {name!r}{suggest(name, known)}")

@@ -151,12 +151,13 @@ def line_plot(
     series: Sequence[Series],
     *,
     unit_interval: bool = False,
+    steep: bool = False,
     markers: bool = False,
 ) -> Plot | None:
     """Values over training steps.
 
-    Long series are drawn as the mean of equal buckets with the bucket's range behind it. A strictly positive
-    figure that spans more than a factor of fifty gets a logarithmic axis.
+    Long series are drawn as the mean of equal buckets with the bucket's range behind it. A ``steep``
+    figure that is strictly positive and spans more than a factor of fifty gets a logarithmic axis.
 
     Returns:
         The figure, or None if no series holds a finite value.
@@ -166,7 +167,7 @@ def line_plot(
         return None
     every = [value for one in drawn for value in one.finite]
     low, high = min(every), max(every)
-    log = not unit_interval and low > 0 and high / low > 50
+    log = steep and low > 0 and high / low > 50
     notes = []
     bucket = max(_bucket(len(one.y)) for one in drawn)
     for one in series:

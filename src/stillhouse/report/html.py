@@ -230,7 +230,7 @@ def _read_stage(folder: Path, *, run_failed: bool) -> StageRecord:
             train.setdefault(text(line.get("player")), {})[step] = line
         elif line.get("kind") == "eval":
             evals[step] = line
-    status = text(raw.get("status")) or ("unknown" if folder.is_dir() else "not started")
+    status = text(raw.get("status")) or ("unknown" if folder.is_dir() else "no record")
     seconds = number(raw.get("seconds"))
     if status == "running":
         logged = [number(lines[max(lines)].get("seconds")) for lines in train.values()]
@@ -532,7 +532,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
 
 def _state(run: RunRecord) -> dict[str, str]:
     """What stands above all else if the run did not finish: kind, headline, the error's line and its rest."""
-    stopped = next((stage for stage in run.stages if stage.status in ("failed", "running")), None)
+    stopped = next((stage for stage in run.stages if stage.status in ("failed", "running", "no record")), None)
     where = f" in stage {stopped.label}" if stopped else ""
     if run.status == "failed" or run.error:
         lines = [line for line in run.error.splitlines() if line.strip()]
@@ -619,7 +619,7 @@ def _training(stage: StageRecord, looks: Mapping[str, tuple[str, tuple[float, ..
         if len(points) == 1:
             constants.append((f"{name} at step {compact(points[0][0])}, evaluated once", compact(points[0][1])))
         else:
-            plots.append(line_plot(f"{prefix}e{index}", f"Evaluation: {name}", name, [one], markers=True))
+            plots.append(line_plot(f"{prefix}e{index}", f"Evaluation: {name}", name, [one], steep=True, markers=True))
     evals = Group("", [plot for plot in plots if plot], constants)
     if len(players) == 1 and players[0].plots:
         only = players[0]
@@ -657,6 +657,7 @@ def _player(
         label: str,
         *,
         unit_interval: bool = False,
+        steep: bool = False,
         always: bool = False,
     ) -> None:
         """Draw what changes; say what does not, and what never was finite."""
@@ -666,7 +667,9 @@ def _player(
         if all(one.constant for one in many) and not always:
             constants.extend((label.format(one.name), compact(one.y[0])) for one in many)
         else:
-            plots.append(line_plot(f"{prefix}f{len(plots)}", title, ylabel, many, unit_interval=unit_interval))
+            plots.append(
+                line_plot(f"{prefix}f{len(plots)}", title, ylabel, many, unit_interval=unit_interval, steep=steep)
+            )
 
     def field_of(key: str) -> Any:
         return lambda line: [line[key]] if key in line else []
@@ -674,9 +677,9 @@ def _player(
     total = series("total", field_of("loss"), width=1.8)
     parts = terms("value")
     if len(parts) == 1 and parts[0].x == total.x and parts[0].y == total.y:
-        plot(f"Loss: {parts[0].name}", "loss", parts, "loss {}", always=True)
+        plot(f"Loss: {parts[0].name}", "loss", parts, "loss {}", steep=True, always=True)
     else:
-        plot("Loss", "loss", [total, *parts], "loss {}", always=True)
+        plot("Loss", "loss", [total, *parts], "loss {}", steep=True, always=True)
     plot("Weights of the terms", "weight", terms("weight"), "weight of {}")
     plot(
         "Gradient shares",
@@ -694,7 +697,7 @@ def _player(
         )
         plot(f"Value: {name}", name, [one], "{}")
     plot("Learning rate", "learning rate", [series("learning rate", field_of("lr"), "s6")], "{}")
-    plot("Gradient norm", "gradient norm", [series("gradient norm", field_of("grad_norm"), "s6")], "{}")
+    plot("Gradient norm", "gradient norm", [series("gradient norm", field_of("grad_norm"), "s6")], "{}", steep=True)
     speed = series("tokens per second", field_of("tokens_per_second"), "s6")
     plot("Throughput", "tokens per second", [speed], "{}")
     if len(values) > MOST_VALUES:

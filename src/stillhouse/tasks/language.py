@@ -8,7 +8,7 @@ small teacher is trained on it once and kept in the cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -205,7 +205,7 @@ class LanguageTask:
         batch = next(self.validation_batches())
         rows = []
         for name, figures in found.items():
-            row = {
+            row: dict[str, Any] = {
                 "name": name,
                 "parameters": parameter_count(models[name]),
                 "val_loss": figures.loss,
@@ -274,33 +274,48 @@ def _student_builder(system: LanguageSystem, teacher: Any, tokenizer: Any) -> tu
     return (lambda: load_causal_lm(spec, trust_remote_code=system.trust_remote_code)[0]), vocab_size
 
 
-TEACHER = {"vocab_size": 2048, "window": 128, "batch_size": 16, "epochs": 8.0, "lr": 1e-3, "seed": 0, "version": 1}
+@dataclass(frozen=True)
+class DemoTeacher:
+    """How the embedded teacher is made; part of its fingerprint in the cache."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    layers: int = 5
+    heads: int = 4
+    window: int = 128
+    batch_size: int = 16
+    epochs: float = 6.0
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    seed: int = 0
 
 
 def _demo_teacher(data: TextData, run: Run) -> Generator[Stage, Artifact, tuple[nn.Module, Any]]:
     from transformers import LlamaConfig
 
-    tokenizer = train_bpe(data.documents["text"], vocab_size=TEACHER["vocab_size"])
-    windows = tokenize_windows(data, tokenizer, window=TEACHER["window"], validation=0.05, seed=TEACHER["seed"])
+    recipe = DemoTeacher()
+    tokenizer = train_bpe(data.documents["text"], vocab_size=recipe.vocab_size)
+    windows = tokenize_windows(data, tokenizer, window=recipe.window, validation=0.05, seed=recipe.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
         max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
-    cache = {**TEACHER, "data": data.fingerprint, "config": {**config.to_dict(), "transformers_version": None}}
-    batches = Batches(windows.train, TEACHER["batch_size"], seed=TEACHER["seed"], gather=True)
+    cache = {**asdict(recipe), "data": data.fingerprint, "config": {**config.to_dict(), "transformers_version": None}}
+    batches = Batches(windows.train, recipe.batch_size, seed=recipe.seed, gather=True)
 
     def player() -> Player:
-        teacher = Observed(new_causal_lm(config, seed=TEACHER["seed"]), name="teacher", options={"use_cache": False})
-        optimizer = adamw(TEACHER["lr"], betas=(0.9, 0.99), weight_decay=0.1)
+        teacher = Observed(new_causal_lm(config, seed=recipe.seed), name="teacher", options={"use_cache": False})
+        optimizer = adamw(recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
         objective = TokenCrossEntropy(head_of(teacher))
         return Player("teacher", teacher, objective, optimizer=optimizer, lr=cosine(1.0, 0.0, warmup=0.05), clip=1.0)
 
@@ -308,7 +323,7 @@ def _demo_teacher(data: TextData, run: Run) -> Generator[Stage, Artifact, tuple[
         "teacher",
         player,
         source=batches,
-        steps=round(TEACHER["epochs"] * len(batches)),
+        steps=round(recipe.epochs * len(batches)),
         save=partial(save_pretrained, tokenizer=tokenizer),
         cache=cache,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Le
 
@@ -31,7 +31,7 @@ class KD(LanguageSystem):
         citation="Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network, arXiv 1503.02531",
         feedback="logits",
     )
-    demo = {**LanguageSystem.demo, "temperature": 1.0}
+    demo: ClassVar = {**LanguageSystem.demo, "temperature": 1.0}
 
     temperature: Annotated[float, "softens both distributions", Gt(0)] = 2.0
     alpha: Annotated[float, "weight of the teacher; the labels get the rest", Ge(0), Le(1)] = 0.9

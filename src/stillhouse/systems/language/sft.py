@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
@@ -29,7 +30,7 @@ class SFT(LanguageSystem):
         knowledge="data",
         scheme="none",
     )
-    demo = {**LanguageSystem.demo, "baseline": False}
+    demo: ClassVar = {**LanguageSystem.demo, "baseline": False}
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         task = yield from LanguageTask.prepare(self, run)

@@ -9,6 +9,7 @@ from typing import Annotated
 from annotated_types import Ge, Le, Lt
 
 from stillhouse.core.artifact import Artifact
+from stillhouse.core.observed import Observed
 from stillhouse.core.run import Run
 from stillhouse.core.schedule import Scheduled, linear
 from stillhouse.core.stage import Stage
@@ -49,7 +50,7 @@ class TAID(LanguageSystem):
         task = yield from LanguageTask.prepare(self, run)
         teacher = head_of(task.observed_teacher())
 
-        def objective(student: object) -> TokenMatch:
+        def objective(student: Observed) -> TokenMatch:
             t: Scheduled = (
                 MomentumRamp(self.t_start, self.t_end, alpha=self.alpha, beta=self.beta)
                 if self.adaptive
