@@ -139,7 +139,10 @@ def test_split_chooses_in_a_folder_by_name(tmp_path):
 
 
 def test_data_set_saved_to_disk(tmp_path):
-    parts = {"train": datasets.Dataset.from_dict({"text": ["a", "b"]}), "test": datasets.Dataset.from_dict({"text": ["c"]})}
+    parts = {
+        "train": datasets.Dataset.from_dict({"text": ["a", "b"]}),
+        "test": datasets.Dataset.from_dict({"text": ["c"]}),
+    }
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
     assert load_text(str(tmp_path / "both")).documents["text"][:] == ["a", "b"]
     assert load_text(str(tmp_path / "both"), split="test").documents["text"][:] == ["c"]
@@ -257,8 +260,7 @@ def test_windows_put_together_are_the_token_stream(tokenizer, texts, window, see
     data = text_data(texts)
     try:
         windows = tokenize_windows(data, tokenizer, window=window, seed=seed, validation=0.2)
-    except text_module.DataError as error:
-        assert "tokens" in str(error)
+    except text_module.DataError:  # too short, see the tests of bad data
         return
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts if text]
     train, held_out = stream_of(windows.train), stream_of(windows.validation)
@@ -369,7 +371,9 @@ def test_very_long_documents_are_tokenised_in_pieces(tokenizer, monkeypatch):
     pieces = tokenize_windows(text_data([text, *PROSE]), tokenizer, window=16)
     assert tokenizer.decode(stream_of(whole.train)) == tokenizer.decode(stream_of(pieces.train))
     assert abs(whole.validation_bytes - pieces.validation_bytes) < 100
-    assert all("".join(windows_module._pieces(t)) == t for t in (text, "x" * 1000, "", "\n" * 700))
+    assert all(
+        "".join(piece for piece, _, _ in windows_module._pieces(t)) == t for t in (text, "x" * 1000, "", "\n" * 700)
+    )
 
 
 def test_items_are_int64_tensors_one_or_many(tokenizer):

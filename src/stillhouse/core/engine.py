@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stillhouse.base.errors import ConfigError, RunError
@@ -18,8 +20,6 @@ from stillhouse.base.errors import ConfigError, RunError
 
 def shard_blocks(module: nn.Module, mesh: Any) -> nn.Module:
     """Shard a model with FSDP2: every entry of a ``ModuleList`` is a unit, and what is left is the root's."""
-    from torch.distributed.fsdp import fully_shard
-
     data = mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh
     for child in module.modules():
         if isinstance(child, nn.ModuleList):
@@ -88,7 +88,7 @@ def place(fabric: Fabric, module: nn.Module) -> nn.Module:
 def full(tree: Any) -> Any:
     """A state tree with sharded tensors gathered; every process must call it."""
     if isinstance(tree, DTensor):
-        return tree.full_tensor()
+        return tree.full_tensor().clone()  # its storage may be padded
     if isinstance(tree, dict):
         return {key: full(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -121,6 +121,32 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             if isinstance(value, Tensor):
                 values[key] = _like(value, parameters[index])
     optimizer.load_state_dict(state)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Clip the norm of all gradients together, sharded or not; returns the norm before clipping."""
+    kinds: list[list[nn.Parameter]] = [
+        [p for p in parameters if isinstance(p, DTensor)],
+        [p for p in parameters if not isinstance(p, DTensor)],
+    ]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
+    norm = torch.linalg.vector_norm(torch.stack([full(norm) for norm in norms]))
+    for kind in kinds:
+        torch.nn.utils.clip_grads_with_norm_(kind, most, norm)
+    return norm
+
+
+@contextmanager
+def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let sharded modules be called from outside their own forward, as an evaluation does."""
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 def average_gradients(fabric: Fabric, parameters: list[nn.Parameter]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.core.observed import Batch, Observed, Signal, Turn, as_batch
+from stillhouse.core.observed import Batch, Observed, Signal, Turn, as_batch, with_feeds
 from stillhouse.core.schedule import AdaptiveSchedule, Constant, Progress, Scheduled, resolve
 
 
@@ -64,7 +64,7 @@ class Objective(nn.Module):
 
     def observed(self) -> list[Observed]:
         """The models this objective listens to, each once."""
-        return list(dict.fromkeys(signal.observed for signal in self.signals()))
+        return list(dict.fromkeys(signal.observed for signal in with_feeds(self.signals())))
 
     def __add__(self, other: Objective) -> Objective:
         return Sum([*_parts(self), *_parts(other)]) if isinstance(other, Objective) else NotImplemented

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -49,11 +49,12 @@ class Address:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One way of feeding a model: a name, how it changes the batch, and what is set up around the forward."""
+    """One way of feeding a model: a name, how the batch is changed, and what is set up around the forward."""
 
     observed: Observed
     name: str = ""
     transform: Callable[[Batch], Batch] | None = None
+    feed: Mapping[str, Signal] = field(default_factory=dict)
     around: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
 
     def output(self, name: str | int | None = None) -> Signal:
@@ -81,10 +82,10 @@ class View:
         return Signal(self, Address("parameter", path))
 
     def batch(self, batch: Batch) -> Batch:
-        """The batch as this view sees it."""
+        """The batch as this view sees it; what other models feed is in it already."""
         if self.transform is not None:
             return self.transform(batch)
-        if not self.name:
+        if self.feed or self.around or not self.name:
             return batch
         if self.name not in batch:
             raise KeyError(f"view {self.name!r} needs batch[{self.name!r}]; the batch has: {', '.join(batch)}")
@@ -206,7 +207,8 @@ class Tapped(nn.Module):
             if address.kind == "output":
                 found[address] = _pick(output, address.path)
             elif address.kind == "parameter":
-                found[address] = self.model.get_parameter(str(address.path))
+                parameter = self.model.get_parameter(str(address.path))
+                found[address] = parameter.view_as(parameter)  # a leaf would escape DDP's search for used parameters
             elif address not in found:
                 raise ModelError(f"the forward did not call {address.path!r} {address.call + 1} time(s)")
         return found
@@ -258,6 +260,7 @@ class Observed:
         self.tapped = Tapped(module)
         self.engine: nn.Module = self.tapped  # replaced by the wrapped module while a stage trains it
         self._call = call or self._by_name
+        self._views: dict[Any, View] = {}
         self._plain = View(self)
         if frozen:
             module.requires_grad_(False)
@@ -276,14 +279,22 @@ class Observed:
         name: str,
         transform: Callable[[Batch], Batch] | None = None,
         *,
+        feed: Mapping[str, Signal] | None = None,
         around: Callable[[nn.Module], AbstractContextManager[Any]] | None = None,
     ) -> View:
         """The same model on another input or in another shape.
 
-        Without ``transform`` the view feeds ``batch[name]`` in place of the inputs. ``around(module)`` is a context
-        entered for the forward: a sampled sub-network of an elastic model, say.
+        Args:
+            name: what the view is called. Alone, it feeds ``batch[name]`` in place of the inputs.
+            transform: makes the view's batch from the batch.
+            feed: entries of the batch that other models yield: ``critic.view("fake", feed={"inputs":
+                generator.output()})``. Gradients flow through unless the signal is detached.
+            around: ``around(module)`` is a context entered for the forward: a sub-network of an elastic model, say.
+
+        Asking again with the same arguments gives the same view, so its forward is shared.
         """
-        return View(self, name, transform if transform or not around else _same, around)
+        key = (name, transform, around, tuple((entry, id(signal)) for entry, signal in (feed or {}).items()))
+        return self._views.setdefault(key, View(self, name, transform, dict(feed or {}), around))
 
     def output(self, name: str | int | None = None) -> Signal:
         """See `View.output`."""
@@ -317,8 +328,11 @@ class Observed:
             return self._call(module, view.batch(batch))
 
 
-def _same(batch: Batch) -> Batch:
-    return batch
+def with_feeds(signals: Iterable[Signal]) -> Iterator[Signal]:
+    """The signals, and those that feed their views."""
+    for signal in signals:
+        yield from with_feeds(signal.view.feed.values())
+        yield signal
 
 
 class Turn:
@@ -337,7 +351,7 @@ class Turn:
     ) -> None:
         self._plans: dict[View, dict[Address, bool]] = {}
         self._autocast = autocast
-        for signal in signals:
+        for signal in with_feeds(signals):
             plan = self._plans.setdefault(signal.view, {})
             grad = not signal.detached and not signal.observed.frozen
             plan[signal.address] = plan.get(signal.address, False) or grad
@@ -350,8 +364,11 @@ class Turn:
         if key not in self._memo:
             plan = self._plans[signal.view]
             self._batches.append(batch)
+            fed = {name: self.read(other, batch) for name, other in signal.view.feed.items()}
             with self._autocast():
-                self._memo[key] = signal.observed.run(signal.view, tuple(plan), batch, grad=any(plan.values()))
+                self._memo[key] = signal.observed.run(
+                    signal.view, tuple(plan), {**batch, **fed} if fed else batch, grad=any(plan.values())
+                )
         value = self._memo[key][signal.address]
         if signal.detached and isinstance(value, Tensor):
             value = value.detach()

@@ -96,8 +96,9 @@ class System:
     def __getattribute__(self, name: str) -> Any:
         # Which fields a stage reads decides when it is done again: see `Run`.
         value = object.__getattribute__(self, name)
-        if not name.startswith("_") and name in type(self).__dataclass_fields__ and "read" in self.__dict__:
-            self.__dict__["read"].add(name)
+        own = object.__getattribute__(self, "__dict__")  # class variables are not in it
+        if name in own and name in type(self).__dataclass_fields__ and "read" in own:
+            own["read"].add(name)
         return value
 
     @classmethod

@@ -22,11 +22,13 @@ from stillhouse.base.monitor import PeakMemory
 from stillhouse.core.artifact import Saver
 from stillhouse.core.engine import (
     average_gradients,
+    clip_gradients,
     full,
     is_sharded,
     load_module_state,
     load_optimizer_state,
     place,
+    whole,
 )
 from stillhouse.core.objective import TermValue, gradient_shares, total
 from stillhouse.core.observed import Observed, Turn, as_batch
@@ -159,6 +161,7 @@ class _Loop:
         fabric = self.fabric
         trained = {id(m.module): m for player in self.players for m in self._models(player)}
         heard = {id(m.module): m for player in self.players for m in player.objective.observed()}
+        self.tapped = [model.tapped for model in {**heard, **trained}.values()]
         self._check_disk()
         self.skeleton = copy.deepcopy(self._result()).to("meta") if self.sharded else None
         if self.stage.compile:
@@ -189,7 +192,7 @@ class _Loop:
         source = self.sources[player.name]
         before = source.state_dict()
         batch = self._draw(player)[0]
-        with torch.no_grad(), self.fabric.autocast():
+        with torch.no_grad(), self.fabric.autocast(), whole(self.tapped):
             turn = Turn(player.objective.signals())
             player.objective.evaluate(turn, batch, Progress(0, self.stage.steps))
         source.load_state_dict(before)
@@ -274,8 +277,9 @@ class _Loop:
             turn = Turn((s for p in players for s in p.objective.signals()), autocast=self.fabric.autocast)
             for micro, batch in enumerate(batches):
                 with ExitStack() as stack:
-                    for engine in wrapped:
-                        stack.enter_context(self.fabric.no_backward_sync(engine, enabled=micro < len(batches) - 1))
+                    if micro < len(batches) - 1:
+                        for engine in wrapped:
+                            stack.enter_context(self.fabric.no_backward_sync(engine))
                     for index in playing:
                         self._backward(self.players[index], turn, batch, progress, keep=index != playing[-1])
                 turn.clear()
@@ -312,9 +316,9 @@ class _Loop:
             group["lr"] = rate * player.lr(progress)
         if player.clip is not None:
             self.fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, player.clip)
+            norm = clip_gradients(parameters, player.clip)
             step, name, values, _ = self.buffer[-1]
-            self.buffer[-1] = (step, name, values, full(norm))
+            self.buffer[-1] = (step, name, values, norm)
         optimizer.step()
         if player.ema is not None:
             player.ema.update(progress)
@@ -398,7 +402,7 @@ class _Loop:
         state = random_state()
         for module in models:
             module.eval()
-        with torch.no_grad(), self.fabric.autocast():
+        with torch.no_grad(), self.fabric.autocast(), whole(self.tapped):
             self.figures = {name: float(value) for name, value in self.stage.evaluate().items()}
         for module, mode in zip(models, modes, strict=True):
             module.train(mode)

@@ -132,7 +132,7 @@ def _is_local(path: Path, source: str) -> bool:
     try:
         return path.exists()
     except (OSError, ValueError) as error:
-        raise _data_error(f"{source}: not a usable path ({_reason(error)}); check the name") from error
+        raise _data_error(f"{source[:80]}: not a usable path ({_reason(error)}); check the name") from error
 
 
 def _missing(path: Path, source: str) -> DataError:
@@ -299,7 +299,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record | _BadRecordError]]:
         for number, raw in enumerate(file, 1):
             if raw.strip():
                 try:
-                    yield f"{path}:{number}", _parse_line(_decode(raw, start=start))
+                    yield f"{path}:{number}", _parse_line(_decode(raw.rstrip(b"\r\n"), start=start))
                 except _BadRecordError as bad:
                     yield f"{path}:{number}", bad
             start += len(raw)

@@ -11,10 +11,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
+Item = TypeVar("Item")
+
 FORMAT = 1  # part of every fingerprint; raise it when the same input gives other windows
 ROWS = 1024  # windows in one record batch
-BATCH_DOCUMENTS, BATCH_BYTES = 512, 4 << 20
-LONGEST_PIECE = 1 << 20  # characters given to the tokenizer at once
+BATCH_DOCUMENTS, BATCH_BYTES = 512, 1 << 20  # given to the tokenizer at once
+LONGEST_PIECE = 1 << 18  # characters; longer documents are tokenised in pieces
 SAMPLE_BYTES = 256 << 10
 COLUMNS = {"input_ids": np.int32, "attention_mask": np.uint8, "loss_mask": np.uint8}
 
@@ -300,6 +302,7 @@ class _Sink:
         import pyarrow as pa
 
         self.columns = columns
+        self.window = window
         self.chunks: dict[str, list[np.ndarray]] = {name: [] for name in columns}  # filled only in memory
         self.length = 0
         self._pending: dict[str, list[np.ndarray]] = {name: [] for name in columns}
@@ -365,48 +368,29 @@ def _lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _pieces(text: str) -> list[str]:
-    """A very long text in pieces, cut after line ends, so that the tokenizer's memory stays bounded."""
-    pieces, start = [], 0
-    while len(text) - start > LONGEST_PIECE:
-        cut = text.rfind("\n", start, start + LONGEST_PIECE) + 1 or start + LONGEST_PIECE
-        pieces.append(text[start:cut])
-        start = cut
-    return [*pieces, text[start:]]
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
     """The ids of each text, without special tokens around it."""
-    pieces = [_pieces(text) for text in texts]
-    ids = iter(_call(tokenizer, [piece for group in pieces for piece in group])["input_ids"])
-    return [np.concatenate([np.asarray(next(ids), dtype=np.int32) for _ in group]) for group in pieces]
+    return [np.asarray(ids, dtype=np.int32) for ids in _call(tokenizer, texts)["input_ids"]]
 
 
 def _encode_located(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[_Encoded]:
     """Like :func:`_encode`, with the place and the size of every token."""
-    pieces = [_pieces(text) for text in texts]
-    called = _call(tokenizer, [piece for group in pieces for piece in group], offsets=True)
-    found = zip(called["input_ids"], called["offset_mapping"], strict=True)
+    called = _call(tokenizer, texts, offsets=True)
     special = np.asarray(sorted(tokenizer.all_special_ids))
-    return [_locate(text, group, found, special) for text, group in zip(texts, pieces, strict=True)]
+    found = zip(texts, called["input_ids"], called["offset_mapping"], strict=True)
+    return [_locate(text, ids, offsets, special) for text, ids, offsets in found]
 
 
-def _locate(text: str, pieces: list[str], found: Iterator[tuple[list, list]], special: np.ndarray) -> _Encoded:
-    """Put the ids and offsets of the pieces of one text together; takes as many from ``found`` as it has pieces.
+def _locate(text: str, ids: list[int], offsets: list[tuple[int, int]], special: np.ndarray) -> _Encoded:
+    """A token ends where its offset says and begins where the one before ended.
 
-    A token ends where its offset says and begins where the one before ended: tokens that share a character
-    (bytes of an emoji) and blanks that offsets leave out are then counted once.
+    Tokens that share a character (bytes of an emoji) and blanks that offsets leave out then count once.
     """
-    ids, ends, start = [], [], 0
-    for piece in pieces:
-        piece_ids, offsets = next(found)
-        ids.append(np.asarray(piece_ids, dtype=np.int32))
-        ends.append(np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1] + start)
-        start += len(piece)
-    all_ids, all_ends = np.concatenate(ids), np.maximum.accumulate(np.concatenate(ends))
-    sizes = np.diff(_byte_positions(text)[all_ends], prepend=0)
+    ends = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
+    sizes = np.diff(_byte_positions(text)[ends], prepend=0)
+    all_ids = np.asarray(ids, dtype=np.int32)
     sizes[np.isin(all_ids, special)] = 0
-    return _Encoded(all_ids, all_ends, sizes)
+    return _Encoded(all_ids, ends, sizes)
 
 
 def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, offsets: bool = False) -> Any:
@@ -447,29 +431,41 @@ def _fill_from_text(
 ) -> Counts:
     texts = _Texts(data, tokenizer)
     order = np.random.default_rng(options.seed).permutation(len(texts.sizes)).tolist()
-    plan, stream = _hold_out(texts, order, options)
+    plan = _hold_out(texts, order, options)
+    validation = _Cutter(held_out, _most_held_out(options))
+    validation.run(texts.tokens(texts.held_out(plan), located=True))
     T = options.window
-    count = int(min(len(stream.ids) // T, _most_held_out(options)))
-    held_out.add(stream.ids[: count * T].reshape(-1, T))
-    predicted_sizes = stream.sizes[: count * T].reshape(-1, T)[:, 1:]
-
-    room = None if options.max_tokens is None else max(0, options.max_tokens - count * T) // T
-    kept, left_over = np.empty(0, dtype=np.int32), len(stream.ids) - count * T
-    for ids in texts.encoded(_remaining(order, plan), cut=plan.cut):
-        kept = np.concatenate([kept, ids])
-        full = len(kept) // T if room is None else min(len(kept) // T, room - train.length)
-        train.add(kept[: full * T].reshape(-1, T))
-        kept = kept[full * T :]
-        if room is not None and train.length >= room:
-            break
-    if train.length == 0:
+    room = math.inf if options.max_tokens is None else options.max_tokens // T - held_out.length
+    training = _Cutter(train, room)
+    training.run(texts.tokens(texts.training(plan, order)))
+    if train.length == 0 or held_out.length == 0:
         raise _too_short(texts, options)
     return Counts(
         train_tokens=train.length * T,
-        validation_tokens=count * (T - 1),
-        validation_bytes=int(predicted_sizes.sum()),
-        left_over=left_over + len(kept),
+        validation_tokens=held_out.length * (T - 1),
+        validation_bytes=validation.predicted_bytes,
+        left_over=len(training.ids) + len(validation.ids),
     )
+
+
+class _Cutter:
+    """Cuts a stream of tokens into windows, ``most`` of them at most, and adds up the bytes they predict."""
+
+    def __init__(self, sink: _Sink, most: float) -> None:
+        self.sink, self.most = sink, most
+        self.ids, self.sizes = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
+        self.predicted_bytes = 0
+
+    def run(self, stream: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        T = self.sink.window
+        for ids, sizes in stream:
+            self.ids, self.sizes = np.concatenate([self.ids, ids]), np.concatenate([self.sizes, sizes])
+            count = int(min(len(self.ids) // T, self.most - self.sink.length))
+            self.sink.add(self.ids[: count * T].reshape(-1, T))
+            self.predicted_bytes += int(self.sizes[: count * T].reshape(-1, T)[:, 1:].sum())
+            self.ids, self.sizes = self.ids[count * T :], self.sizes[count * T :]
+            if self.sink.length >= self.most:
+                return
 
 
 def _most_held_out(options: _Options) -> float:
@@ -480,11 +476,6 @@ def _most_held_out(options: _Options) -> float:
         return math.inf
     windows = options.max_tokens // options.window
     return min(windows - 1, max(1, round(2 * options.validation * windows)))
-
-
-def _remaining(order: list[int], plan: _Plan) -> list[int]:
-    held_out = set(plan.held_out)
-    return [index for index in order if index not in held_out]
 
 
 class _Texts:
@@ -501,60 +492,84 @@ class _Texts:
         lengths = [pc.binary_length(table["text"]).to_numpy() for table in tables]
         self.sizes = np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, dtype=np.int64)
 
-    def read(self, indices: list[int]) -> list[str]:
-        return list(self.documents[indices]["text"])
+    def read(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """Documents with their numbers, in the order given; empty ones are left out."""
+        for group in _groups((index for index in indices if self.sizes[index]), lambda index: int(self.sizes[index])):
+            yield from zip(group, self.documents[group]["text"], strict=True)
 
-    def batches(self, indices: Iterable[int]) -> Iterator[list[int]]:
-        """Groups of documents, small enough to tokenise at once; empty documents are left out."""
-        group: list[int] = []
-        size = 0
-        for index in indices:
-            if self.sizes[index] == 0:
-                continue
-            group.append(index)
-            size += int(self.sizes[index])
-            if len(group) == BATCH_DOCUMENTS or size >= BATCH_BYTES:
-                yield group
-                group, size = [], 0
-        if group:
-            yield group
-
-    def encoded(self, indices: Iterable[int], *, cut: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
-        """Tokens of the documents in order, a batch at a time; the document ``cut[0]`` only up to its cut."""
-        before, after = (np.asarray(ids, dtype=np.int32) for ids in (self.before, self.after))
-        for group in self.batches(indices):
-            texts = self.read(group)
-            if cut is not None and cut[0] in group:
-                texts[group.index(cut[0])] = texts[group.index(cut[0])][: cut[1]]
-            yield np.concatenate([part for ids in _encode(self.tokenizer, texts) for part in (before, ids, after)])
-
-    def located(self, plan: _Plan) -> _Encoded:
-        """The validation stream of a plan; added BOS and EOS stand for no bytes."""
-        texts = self.read(plan.held_out) if plan.held_out else []
+    def held_out(self, plan: _Plan) -> Iterator[str]:
+        yield from (text for _, text in self.read(plan.held_out))
         if plan.cut is not None:
-            texts.append(self.read([plan.cut[0]])[0][plan.cut[1] :])
-        ids, sizes = [], []
-        for encoded in _encode_located(self.tokenizer, texts):
-            ids += [self.before, encoded.ids, self.after]
-            sizes += [np.zeros(len(self.before), dtype=np.int64), encoded.sizes, np.zeros(1, dtype=np.int64)]
-        empty = np.zeros(0, dtype=np.int64)
-        return _Encoded(
-            ids=np.concatenate([empty, *ids]).astype(np.int32), ends=empty, sizes=np.concatenate([empty, *sizes])
-        )
+            yield from (text[plan.cut[1] :] for _, text in self.read([plan.cut[0]]))
+
+    def training(self, plan: _Plan, order: list[int]) -> Iterator[str]:
+        held_out = set(plan.held_out)
+        for index, text in self.read(index for index in order if index not in held_out):
+            yield text[: plan.cut[1]] if plan.cut is not None and plan.cut[0] == index else text
+
+    def tokens(self, texts: Iterable[str], *, located: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The token stream of some texts, some of it at a time, and the bytes each token stands for.
+
+        BOS and EOS that are put around a text stand for no bytes; unless ``located``, nothing does.
+        """
+        for group in _groups((piece for text in texts for piece in _pieces(text)), lambda piece: len(piece[0])):
+            pieces = [text for text, _, _ in group]
+            if located:
+                encoded = [(one.ids, one.sizes) for one in _encode_located(self.tokenizer, pieces)]
+            else:
+                encoded = [(ids, np.zeros(len(ids), dtype=np.int64)) for ids in _encode(self.tokenizer, pieces)]
+            ids, sizes = [], []
+            for (piece_ids, piece_sizes), (_, first, last) in zip(encoded, group, strict=True):
+                before, after = self.before if first else [], self.after if last else []
+                ids += [np.asarray(before, dtype=np.int32), piece_ids, np.asarray(after, dtype=np.int32)]
+                sizes += [np.zeros(len(before), dtype=np.int64), piece_sizes, np.zeros(len(after), dtype=np.int64)]
+            yield np.concatenate(ids), np.concatenate(sizes)
+
+    def count(self, texts: Iterable[str], *, most: float = math.inf) -> int:
+        """Number of tokens, counted until there are ``most``."""
+        total = 0
+        for ids, _ in self.tokens(texts):
+            total += len(ids)
+            if total >= most:
+                break
+        return total
 
     def bytes_per_token(self, order: list[int]) -> float:
         """Measured on the first documents of ``order``."""
         size = tokens = 0
-        for group in self.batches(order):
-            size += int(self.sizes[group].sum())
-            tokens += sum(len(ids) + len(self.before) + 1 for ids in _encode(self.tokenizer, self.read(group)))
+        for ids, sizes in self.tokens((text for _, text in self.read(order)), located=True):
+            size, tokens = size + int(sizes.sum()), tokens + len(ids)
             if size >= SAMPLE_BYTES:
                 break
         return size / max(tokens, 1)
 
 
-def _hold_out(texts: _Texts, order: list[int], options: _Options) -> tuple[_Plan, _Encoded]:
-    """Choose what is held out, and tokenise it: at least the windows asked for, at least one."""
+def _groups(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Consecutive items, few and small enough to handle at once."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if len(group) == BATCH_DOCUMENTS or total >= BATCH_BYTES:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
+    """A text in pieces cut after line ends, so that memory stays bounded: (piece, is it the first, the last)."""
+    start = 0
+    while len(text) - start > LONGEST_PIECE:
+        cut = text.rfind("\n", start, start + LONGEST_PIECE) + 1 or start + LONGEST_PIECE
+        yield text[start:cut], start == 0, False
+        start = cut
+    yield text[start:], start == 0, True
+
+
+def _hold_out(texts: _Texts, order: list[int], options: _Options) -> _Plan:
+    """Choose what is held out: at least the windows asked for, at least one."""
     total = int(texts.sizes.sum())
     ratio = texts.bytes_per_token(order)
     if isinstance(options.validation, int):
@@ -566,9 +581,8 @@ def _hold_out(texts: _Texts, order: list[int], options: _Options) -> tuple[_Plan
         target = max(options.validation * capped, need * ratio)
     while target < total:
         plan = _plan(texts, order, target)
-        stream = texts.located(plan)
-        if len(stream.ids) >= need:
-            return plan, stream
+        if texts.count(texts.held_out(plan), most=need) >= need:
+            return plan
         target *= 1.3
     raise _too_short(texts, options)
 
@@ -589,14 +603,14 @@ def _plan(texts: _Texts, order: list[int], target: float) -> _Plan:
     if larger:
         return _Plan([min(larger, key=lambda index: (sizes[index], index))])
     longest = int(sizes.argmax())
-    text = texts.read([longest])[0]
+    text = next(text for _, text in texts.read([longest]))
     keep = max(0, len(text) - round(target / sizes[longest] * len(text)))
     line = text.rfind("\n", max(0, keep - 200), keep) + 1
     return _Plan([], cut=(longest, line or keep))
 
 
 def _too_short(texts: _Texts, options: _Options) -> DataError:
-    present = sum(len(ids) for ids in texts.encoded(range(len(texts.sizes))))
+    present = texts.count(text for _, text in texts.read(range(len(texts.sizes))))
     held_out = options.validation if isinstance(options.validation, int) else 1
     return DataError(
         f"{texts.name}: too little text: {present:,} tokens, but one training and {held_out} validation "

@@ -81,7 +81,7 @@ class _Softened:
         """Loss of every row: (..., V), (..., V) -> (...)."""
         dtype = _working_dtype(student_logits_NV, teacher_logits_NV)
         log_q_NV, log_p_NV = (
-            torch.log_softmax(logits_NV.to(dtype) / self.temperature, -1)
+            log_softmax(logits_NV.to(dtype), temperature=self.temperature)
             for logits_NV in (student_logits_NV, teacher_logits_NV)
         )
         return self._value(log_q_NV, log_p_NV) * self._value_scale
@@ -93,7 +93,7 @@ class _Softened:
         """Loss of every row and its gradient in the student logits: (..., V), (..., V) -> (...), (..., V)."""
         dtype = _working_dtype(student_logits_NV, teacher_logits_NV)
         log_q_NV, log_p_NV = (
-            _log_softmax(logits_NV.to(dtype), self.temperature, overwrite)
+            log_softmax(logits_NV.to(dtype), temperature=self.temperature, overwrite=overwrite)
             for logits_NV in (student_logits_NV, teacher_logits_NV)
         )
         loss_N, grad_NV = self._value_and_grad(log_q_NV, log_p_NV)
@@ -359,8 +359,8 @@ class InterpolatedForwardKL:
         dtype = _working_dtype(student_logits_NV, teacher_logits_NV)
         z_s_NV, z_p_NV = student_logits_NV.to(dtype), teacher_logits_NV.to(dtype)
         z_t_NV = torch.lerp(z_s_NV, z_p_NV, self.t, out=z_p_NV if overwrite else None)
-        p_t_NV = _log_softmax(z_t_NV, 1.0, True).exp_()
-        log_q_NV = _log_softmax(z_s_NV, 1.0, overwrite)
+        p_t_NV = log_softmax(z_t_NV, overwrite=True).exp_()
+        log_q_NV = log_softmax(z_s_NV, overwrite=overwrite)
         q_NV = log_q_NV.exp()
         return -log_q_NV.mul_(p_t_NV).sum(-1), q_NV.sub_(p_t_NV)
 
@@ -424,18 +424,18 @@ def common_vocabulary(student_size: int, teacher_size: int, vocab_size: int | No
     return vocab_size
 
 
-def _working_dtype(*tensors: Tensor) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
-
-
-def _log_softmax(logits_NV: Tensor, temperature: float, overwrite: bool) -> Tensor:
-    """log softmax(logits / temperature), in the memory of the logits if that may be overwritten."""
+def log_softmax(logits_NV: Tensor, *, temperature: float = 1.0, overwrite: bool = False) -> Tensor:
+    """log softmax(logits / temperature); without grad, ``overwrite`` lets it take the memory of the logits."""
     if temperature != 1.0:
         logits_NV = logits_NV.div_(temperature) if overwrite else logits_NV / temperature
         overwrite = True
-    # The CPU kernel writes an element only after the last read of it; others do not promise that.
-    in_place = overwrite and logits_NV.device.type == "cpu"
+    # The CPU kernel writes an element only after its last read of it; other devices' kernels promise no such thing.
+    in_place = overwrite and logits_NV.device.type == "cpu" and not torch.is_grad_enabled()
     return torch.log_softmax(logits_NV, -1, out=logits_NV if in_place else None)
+
+
+def _working_dtype(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def _minus_expectation_(terms_NV: Tensor, q_NV: Tensor, sum_N: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from stillhouse.losses.divergences import (
     RowDivergence,
     common_vocabulary,
+    log_softmax,
     reduce,
     total_weight,
     value_and_grad,
@@ -112,7 +113,13 @@ def linear_divergence(
     size = common_vocabulary(student_weight_VD.shape[0], teacher_weight_VE.shape[0], vocab_size)
     student = _Head(student_weight_VD, student_bias_V, student_logit_scale, student_softcap, size)
     teacher = _Head(teacher_weight_VE, teacher_bias_V, teacher_logit_scale, teacher_softcap, size)
-    terms: list[_Term] = [
+    terms: list[_Term] = []
+    if labels_N is not None:
+        label_weight_N = _row_weights(
+            "label_weight_N", weight_N if label_weight_N is None else label_weight_N, student_hidden_ND
+        )
+        terms.append(_label_term(labels_N, label_weight_N, shape, size, cross_entropy_weight))
+    terms.append(
         _TeacherTerm(
             hidden=teacher_hidden_NE.detach().flatten(0, -2),
             head=teacher,
@@ -120,14 +127,9 @@ def linear_divergence(
             row_weight=_row_weights("weight_N", weight_N, student_hidden_ND),
             coefficient=divergence_weight,
         )
-    ]
-    if labels_N is not None:
-        label_weight_N = _row_weights(
-            "label_weight_N", weight_N if label_weight_N is None else label_weight_N, student_hidden_ND
-        )
-        terms.append(_label_term(labels_N, label_weight_N, shape, size, cross_entropy_weight))
+    )
     loss, values = _linear_loss(student_hidden_ND, student, terms, chunk_tokens, reduction)
-    return LinearDivergence(loss, values[0], values[1] if labels_N is not None else None)
+    return LinearDivergence(loss, values[-1], values[0] if labels_N is not None else None)
 
 
 def linear_cross_entropy(
@@ -363,16 +365,19 @@ def _run(
     )
     for chunk in _chunks(len(hidden_ND), plan.chunk_tokens):
         z_CV = head.logits(hidden_ND[chunk])
+        cap_slope_CV = head.cap_slope(z_CV)
         grads: list[tuple[Tensor, Tensor]] = []
         for term, scale_N, loss_N in zip(terms, scales, losses, strict=True):
-            with_grad = any(plan.needs_grad) and term.coefficient != 0
-            loss_N[chunk], term_grad_CV = term.chunk_loss(z_CV, chunk, with_grad)
-            if term_grad_CV is not None:
-                grads.append((term_grad_CV, scale_N[chunk].unsqueeze(-1)))
+            if any(plan.needs_grad) and term.coefficient != 0:
+                loss_N[chunk], grad_CV = term.value_and_grad(z_CV, chunk, overwrite=term is terms[-1])
+                grads.append((grad_CV, scale_N[chunk].unsqueeze(-1)))
+            else:
+                loss_N[chunk] = term.value(z_CV, chunk)
         if not grads:
             continue
         grad_CV, scale_C1 = _merge_(grads)
-        grad_CV = head.before_cap_(grad_CV, z_CV)
+        if cap_slope_CV is not None:
+            grad_CV.mul_(cap_slope_CV)
         if grad_bias_V is not None:
             grad_bias_V[: head.size].addmv_(grad_CV.T, scale_C1.squeeze(-1))
         grad_CV = grad_CV.to(hidden_ND.dtype)

@@ -120,12 +120,16 @@ def has_remote_code(directory: str | Path) -> bool:
 def _load_tokenizer(
     name: str, folder: Path | None, *, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    """As saved: for some model types AutoTokenizer would put rules of its own around a general tokenizer.json."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    place, where = folder or name, {"revision": revision or "main"}
     with _clear_errors(f"{name} (its tokenizer)"), _quiet():
-        return AutoTokenizer.from_pretrained(
-            folder or name, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+        known = get_tokenizer_config(place, **where)
+        if known.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and "auto_map" not in known:
+            return PreTrainedTokenizerFast.from_pretrained(place, **where)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **where)
 
 
 def _local_folder(name: str) -> Path | None:
@@ -557,9 +561,14 @@ def _widened(teacher: _Shape, given: dict[str, int], heads: int) -> _Shape:
         head_dim = width // heads
     feed_forward = teacher.intermediate_size
     if feed_forward is not None and width != teacher.hidden_size:
-        feed_forward = max(8, round(feed_forward * width / teacher.hidden_size / 8) * 8)
+        feed_forward = _scaled(feed_forward, width / teacher.hidden_size)
     shape = _Shape(teacher.layers, width, heads, kv_heads, head_dim, feed_forward)
     return replace(shape, **given)
+
+
+def _scaled(size: int, factor: float) -> int:
+    """Rounded to what kernels like."""
+    return max(8, round(size * factor / 8) * 8)
 
 
 def _resized(config: PretrainedConfig, shape: _Shape) -> PretrainedConfig:
@@ -574,8 +583,10 @@ def _resized(config: PretrainedConfig, shape: _Shape) -> PretrainedConfig:
         if name is not None:
             raw[name] = value
     for name in SCALED_WITH_WIDTH:
-        if isinstance(raw.get(name), int):
-            raw[name] = max(8, round(raw[name] * shape.hidden_size / before.hidden_size))
+        if raw.get(name) == before.hidden_size:
+            raw[name] = shape.hidden_size
+        elif isinstance(raw.get(name), int) and shape.hidden_size != before.hidden_size:
+            raw[name] = _scaled(raw[name], shape.hidden_size / before.hidden_size)
     if before.head_dim is not None and raw.get("query_pre_attn_scalar") == before.head_dim:
         raw["query_pre_attn_scalar"] = shape.head_dim
     _resize_lists(raw, before.layers, shape.layers)

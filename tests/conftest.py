@@ -1,0 +1,18 @@
+"""What all tests share: offline, one thread, and a cache of their own."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # children inherit it
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """Stages shared between runs are kept for the session, and away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STILLHOUSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
