@@ -21,8 +21,9 @@ from stillhouse.base.errors import RunError
 from stillhouse.report import html as report_html
 from stillhouse.report import write_model_card, write_report
 from stillhouse.report.card import _is_hub_id
-from stillhouse.report.figures import MAX_ROWS, PALETTE, Series, bar_plot, compact, line_plot, reliability_plot
-from stillhouse.report.html import Column, Table, command_line, duration, hide_arguments, read_run, show
+from stillhouse.report.figures import MAX_ROWS, PALETTE, Bar, Series, bar_plot, compact, line_plot, reliability_plot
+from stillhouse.report.record import Column, Table, read_run
+from stillhouse.report.wording import command_line, duration, hide_arguments, show
 
 
 class Page(HTMLParser):
@@ -216,7 +217,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report_html.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     write_json(tmp_path / "run.json", {"title": "After"})
     with pytest.raises(RunError, match="No space left"):
         write_report(tmp_path)
@@ -367,7 +368,7 @@ def test_steep_positive_series_get_a_logarithmic_axis() -> None:
 
 def test_names_are_never_read_as_mathematics() -> None:
     plot = line_plot("x", "Value", "$\\frac{1}", [Series("$\\frac{1}", [1, 2], [1, 2])])
-    bars = bar_plot("y", "Time", "time (s)", [report_html.Bar("$\\frac{1} <b>", 3.0, "3 s")])
+    bars = bar_plot("y", "Time", "time (s)", [Bar("$\\frac{1} <b>", 3.0, "3 s")])
     assert plot is not None
     assert "$\\frac{1}" in plot.svg
     assert bars is not None
@@ -377,7 +378,7 @@ def test_names_are_never_read_as_mathematics() -> None:
 @pytest.mark.parametrize("values", [[], [math.nan], [math.inf, -math.inf]])
 def test_nothing_finite_gives_no_figure(values: list[float]) -> None:
     assert line_plot("x", "Loss", "loss", [Series("a", range(len(values)), values)]) is None
-    assert bar_plot("x", "Time", "time", [report_html.Bar("a", value, "") for value in values]) is None
+    assert bar_plot("x", "Time", "time", [Bar("a", value, "") for value in values]) is None
     assert reliability_plot("x", "a", [(value, 0.5, 1) for value in values], 0.1) is None
 
 

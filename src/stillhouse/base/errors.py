@@ -26,6 +26,10 @@ class RunError(StillhouseError):
     """A run directory that cannot be used, or a run that cannot go on."""
 
 
+class Interrupted(RunError):
+    """The user or the scheduler asked the run to stop; its state is saved."""
+
+
 def suggest(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """Say which of the ``known`` names are nearest to ``name``: ``"; did you mean 'x'?"`` or the first few."""
     names = sorted(set(known))

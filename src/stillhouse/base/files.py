@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,10 +61,32 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # Libraries written in Rust (safetensors, tokenizers) wrap the system's errors in their own.
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
         raise _disk_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left in ``folder``, which no other process may be writing to."""
+    for left in list(folder.rglob(".*.tmp")):
+        if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
+            shutil.rmtree(left, ignore_errors=True)
+            left.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_to_write(folder: Path) -> Iterator[None]:
+    """A full disk is a `RunError`, wherever under ``folder`` it shows: in a log, or in a library."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise _disk_error(Path(error.filename or folder), error) from error
 
 
 def _disk_error(path: Path, error: Exception) -> RunError:
@@ -82,7 +106,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise RunError(f"cannot read {path}: {error}") from error
+        raise RunError(f"cannot read {path}: {error}; delete it to have it made again") from error
 
 
 def _encode(tree: Any, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], str]) -> Any:

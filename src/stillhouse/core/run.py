@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +20,10 @@ from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from platformdirs import user_cache_path
 
-from stillhouse.base.errors import RunError, StillhouseError
+from stillhouse.base.errors import Interrupted, RunError, StillhouseError
 from stillhouse.base.facts import machine, revision, versions
 from stillhouse.base.fields import field_help, field_hints
-from stillhouse.base.files import read_json, seed_all, write_json
+from stillhouse.base.files import read_json, room_to_write, seed_all, sweep, write_json
 from stillhouse.base.monitor import Bar, Tracker, progress_bar, start_trackers
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.engine import Engine
@@ -99,13 +100,22 @@ class Run:
 
     def execute(self, work: System | Iterable[Stage], *, info: Mapping[str, Any] | None = None) -> dict[str, Artifact]:
         """Do all stages; returns ``stage name -> Artifact``. Raises `RunError` if the run is in use or cannot go on."""
-        with self._locked():
+
+        def refuse() -> None:
+            raise RunError(f"{self.folder} is in use by another process; wait for it or choose another output")
+
+        with self._locked(self.folder / ".lock", refuse), room_to_write(self.folder):
             self._begin(work, info or {})
             try:
                 artifacts = self._stages(work)
             except BaseException as error:
                 known = isinstance(error, StillhouseError)
-                self._end("failed", error=str(error) if known else f"{type(error).__name__}: {error}")
+                stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+                with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
+                    self._end(
+                        "stopped" if stopped else "failed",
+                        error=None if stopped else str(error) if known else f"{type(error).__name__}: {error}",
+                    )
                 raise
             self._end("done")
         return artifacts
@@ -114,7 +124,7 @@ class Run:
         system = work if isinstance(work, System) else None
         stages = system.stages(self) if system is not None else iter(work)
         artifacts: dict[str, Artifact] = {}
-        chain = ""
+        chain = digest("seed", self.seed)
         sent: Artifact | None = None
         folders: list[str] = []
         while True:
@@ -143,6 +153,8 @@ class Run:
         if record is not None and self._still_holds(record, stage, upstream, config, read):
             self.say(f"{stage.name}: done already")
             read.update(record["fields"])
+            if self.main:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process killed in this very moment
             return artifact_of(folder, record)
         if stage.cache is not None:
             return self._cached_stage(stage, folder, upstream, config, read)
@@ -172,12 +184,15 @@ class Run:
     ) -> Artifact:
         fingerprint = digest(stage.kind, stage.name, stage.cache)
         home = cache_folder() / f"{stage.name}-{fingerprint}"
-        home.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{home}.lock")
-        with self._waiting(lock, f"{stage.name}: another process is making it; waiting"):
-            record = finished(home)
+
+        def wait() -> None:
+            self.say(f"{stage.name}: another process is making it; waiting")
+
+        with self._locked(home.with_name(f"{home.name}.lock"), wait):
+            record = self.fabric.broadcast(finished(home) if self.main else None)
             reused = record is not None
             if record is None:
+                sweep(home)
                 plan = {"kind": stage.kind, "upstream": "", "config": dict(stage.cache or {})}
                 self._clear_unless(home, plan)
                 self._do(stage, home, "", dict(stage.cache or {}), set(), plan, fingerprint=fingerprint)
@@ -193,21 +208,6 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_record(folder, linked)
         return artifact_of(folder, linked)
-
-    @contextmanager
-    def _waiting(self, lock: FileLock, message: str) -> Iterator[None]:
-        if not self.main:
-            yield
-            return
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            self.say(message)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _clear_unless(self, folder: Path, plan: Mapping[str, Any]) -> None:
         """Keep what a killed attempt at the same stage left; clear what belongs to another configuration."""
@@ -243,7 +243,7 @@ class Run:
         if self.main:
             write_record(folder, record)
         begun = time.monotonic()
-        context = Context(self, folder, stage.name)
+        context = Context(self, folder, stage.name, seed=fingerprint or self.seed)
         kind = stage.execute(context)
         fields = {name: config[name] for name in read if name in config}
         record |= {
@@ -264,20 +264,21 @@ class Run:
     # -- the run's own record ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, file: Path, busy: Callable[[], None]) -> Iterator[None]:
+        """Hold the lock ``file``; if another process has it, call ``busy`` and wait."""
         if not self.main:
             yield
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / ".lock")
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunError(
-                f"{self.folder} is in use by another process; wait for it or choose another output"
-            ) from None
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(file)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                busy()
+                lock.acquire()
         except OSError as error:
-            raise RunError(f"cannot use {self.folder} as a run directory: {error}") from error
+            raise RunError(f"cannot use the folder {file.parent}: {error}") from error
         try:
             yield
         finally:
@@ -287,6 +288,7 @@ class Run:
         if not self.main:
             return
         file = self.folder / "run.json"
+        sweep(self.folder)
         if self.fresh:
             shutil.rmtree(self.folder / "stages", ignore_errors=True)
         earlier = read_json(file) if file.exists() and not self.fresh else {}

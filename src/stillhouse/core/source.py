@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from stillhouse.base.files import random_state, restore_random_state
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -90,35 +92,42 @@ class Batches:
 class Repeat:
     """Any iterable (a torch ``DataLoader``, a list of batches) as an endless source.
 
-    After a resume it is run forward to where it stood, so it must yield the same batches again.
+    After a resume, a pass begins with the random state it had begun with (a ``DataLoader`` shuffles by it) and is run
+    forward to where it stood; it must then yield the same batches again.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches
         self.epoch = 0
         self._taken = 0
-        self._iterator = iter(batches)
+        self._random: dict[str, Any] | None = None  # at the beginning of the pass
+        self._iterator: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            if self._taken == 0:
-                raise ValueError("the data loader yields no batch") from None
-            self.epoch, self._taken = self.epoch + 1, 0
-            self._iterator = iter(self.batches)
-            batch = next(self._iterator)
-        self._taken += 1
-        return batch
+        if self._iterator is not None:
+            for batch in self._iterator:
+                self._taken += 1
+                return batch
+            self.epoch += 1
+        self._random = random_state()
+        self._iterator, self._taken = iter(self.batches), 1
+        for batch in self._iterator:
+            return batch
+        raise ValueError("the data loader yields no batch; what yields batches only once cannot be read again")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "taken": self._taken}
+        return {"epoch": self.epoch, "taken": self._taken, "random": self._random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self._taken = state["epoch"], state["taken"]
-        self._iterator = iter(self.batches)
-        for _ in range(self._taken):
-            next(self._iterator)
+        self.epoch, self._taken, self._random = state["epoch"], state["taken"], state["random"]
+        self._iterator = None
+        if self._random is not None:
+            now = random_state()
+            restore_random_state(self._random)
+            self._iterator = iter(self.batches)
+            for _ in range(self._taken):
+                next(self._iterator)
+            restore_random_state(now)
 
 
 class Drawn:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class Context:
     """What a stage works with: its folder, the run it belongs to, and where its figures go."""
 
-    def __init__(self, run: Run, folder: Path, name: str) -> None:
+    def __init__(self, run: Run, folder: Path, name: str, *, seed: int | str) -> None:
         self.run = run
         self.folder = folder
         self.name = name
-        self.seed = seed_all(run.seed, name)
+        self.seed = seed_all(seed, name)
         self.metrics = MetricsFile(folder / "metrics.jsonl", run.trackers, name, active=run.main)
         self.results: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
@@ -136,6 +136,8 @@ class Generate(Stage):
         self.write = write
 
     def execute(self, context: Context) -> str:
+        if not context.run.main:  # one process asks; the others wait for the artifact
+            return "data"
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -150,9 +152,11 @@ class Generate(Stage):
                     journal.append({"key": key, "record": done[key]}, sync=True)
                     bar.update(len(done))
         records = [{"key": key, **done[key]} for key in self.requests if done[key] is not None]
+        names = dict.fromkeys(name for record in records for name in record)  # not every record has every field
         context.results = {"records": len(records), "dropped": len(done) - len(records)}
         with whole_folder(context.artifact_path) as temporary:
-            pq.write_table(pa.Table.from_pylist(records), temporary / "data.parquet")
+            columns = {name: [record.get(name) for record in records] for name in names}
+            pq.write_table(pa.table(columns), temporary / "data.parquet")
         return "data"
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from stillhouse.base.fields import check_fields
@@ -113,15 +113,8 @@ class System:
 
     def config(self) -> dict[str, Any]:
         """All field values, as plain JSON values."""
-        return {f.name: _plain(self.__dict__[f.name]) for f in dataclasses.fields(self)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+        values = {f.name: self.__dict__[f.name] for f in dataclasses.fields(self)}
+        return json.loads(json.dumps(values, default=str))
 
 
 def configure(cls: type[System], values: Mapping[str, Any]) -> System:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from stillhouse.base.errors import RunError
+from stillhouse.base.errors import Interrupted, RunError
 from stillhouse.base.files import Checkpoints, random_state, restore_random_state
 from stillhouse.base.monitor import PeakMemory
 from stillhouse.core.artifact import Saver
@@ -38,10 +38,6 @@ from stillhouse.core.source import Source, as_source
 from stillhouse.core.stage import Context, Stage
 
 Players = Player | Sequence[Player]
-
-
-class Interrupted(RunError):
-    """The user or the scheduler asked the run to stop; its state is saved."""
 
 
 class Train(Stage):
@@ -136,11 +132,12 @@ class _Loop:
         self._stop_signal: int | None = None
 
         self.sources: dict[str, Source] = {}
+        shared = None if stage.source is None else as_source(stage.source)
         for player in players:
-            chosen = player.source if player.source is not None else stage.source
+            chosen = shared if player.source is None else as_source(player.source)
             if chosen is None:
                 raise RunError(f"stage {stage.name!r}: player {player.name!r} has no source of batches")
-            self.sources[player.name] = as_source(chosen)
+            self.sources[player.name] = chosen
         if len(self.sources) < len(players):
             raise RunError(f"stage {stage.name!r}: two players have the same name")
         for source in self._streams():
@@ -159,7 +156,7 @@ class _Loop:
 
     def _set_up(self) -> None:
         fabric = self.fabric
-        trained = {id(m.module): m for player in self.players for m in self._models(player)}
+        trained = self.trained = {id(m.module): m for player in self.players for m in self._models(player)}
         heard = {id(m.module): m for player in self.players for m in player.objective.observed()}
         self.tapped = [model.tapped for model in {**heard, **trained}.values()]
         self._check_disk()
@@ -192,7 +189,7 @@ class _Loop:
         source = self.sources[player.name]
         before = source.state_dict()
         batch = self._draw(player)[0]
-        with torch.no_grad(), self.fabric.autocast(), whole(self.tapped):
+        with self._looking([player.objective, *(model.module for model in player.objective.observed())]):
             turn = Turn(player.objective.signals())
             player.objective.evaluate(turn, batch, Progress(0, self.stage.steps))
         source.load_state_dict(before)
@@ -348,64 +345,70 @@ class _Loop:
     def _log(self) -> str:
         """Write the mean of what was buffered since the last line; a value that is not finite ends the run here."""
         note = ""
+        numbers = self._numbers()
         for player, optimizer in zip(self.players, self.optimizers, strict=True):
             rows = [entry for entry in self.buffer if entry[1] == player.name]
             if not rows:
                 continue
-            names = [value.name for value in rows[0][2]]
-            table = torch.stack([torch.stack([v.value.float() for v in values]) for _, _, values, _ in rows])
-            table = self.fabric.all_reduce(table, reduce_op="mean")
-            self._check_finite(rows, names, table)
-            weights = [sum(row[2][i].weight for row in rows) / len(rows) for i in range(len(names))]
-            means = table.mean(0).tolist()
+            found: dict[str, list[tuple[float, float]]] = {}  # a term may be left out of steps where it weighs nothing
+            for value in (value for _, _, values, _ in rows for value in values):
+                found.setdefault(value.name, []).append((numbers[id(value)], value.weight))
+            terms = {
+                name: {"value": sum(x for x, _ in pairs) / len(pairs), "weight": sum(w for _, w in pairs) / len(rows)}
+                for name, pairs in found.items()
+            }
             norms = [float(norm) for *_, norm in rows if norm is not None]
             record: dict[str, Any] = {
                 "step": self.step,
                 "kind": "train",
                 "player": player.name,
-                "loss": sum(w * m for w, m in zip(weights, means, strict=True)),
-                "terms": {n: {"value": m, "weight": w} for n, m, w in zip(names, means, weights, strict=True)},
+                "loss": sum(term["weight"] * term["value"] for term in terms.values()),
+                "terms": terms,
                 "lr": optimizer.param_groups[0]["lr"],
                 "seconds": self.elapsed,
             }
             if norms:
                 record["grad_norm"] = sum(norms) / len(norms)
             for name, share in self.shares.pop(player.name, {}).items():
-                record["terms"][name]["share"] = share
+                terms[name]["share"] = share
             extras = {f"{v.name}.{key}": float(x) for v in rows[-1][2] for key, x in v.extras.items()}
             if extras:
                 record["values"] = extras
             self.context.metrics.append(record)
-            scalars = {f"{player.name}/{n}": m for n, m in zip(names, means, strict=True)}
+            scalars = {f"{player.name}/{name}": term["value"] for name, term in terms.items()}
             self.context.metrics.track({f"{player.name}/loss": record["loss"], **scalars, **extras}, self.step)
             note += f"{player.name} {record['loss']:.4f}  "
         self.buffer.clear()
         return note + "  ".join(f"{name} {value:.4g}" for name, value in list(self.figures.items())[:2])
 
-    def _check_finite(self, rows: list[Any], names: list[str], table: Tensor) -> None:
-        bad = (~torch.isfinite(table)).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            step, player = rows[row][0], rows[row][1]
-            kept = self.checkpoints.all()
-            where = f"the checkpoint of step {int(kept[-1].name)} is kept" if kept else "no checkpoint was made yet"
-            raise RunError(
-                f"stage {self.stage.name!r}, step {step}: term {names[column]!r} of player {player!r} became "
-                f"{table[row, column].item()}; {where}; lower the learning rate, clip gradients, or look at the data"
-            )
+    def _numbers(self) -> dict[int, float]:
+        """The buffered values as numbers, by the identity of their `TermValue`; the first bad one is an error."""
+        values = [(step, player, value) for step, player, row, _ in self.buffer for value in row]
+        if not values:
+            return {}
+        stacked = torch.stack([value.value.float() for *_, value in values])
+        numbers = self.fabric.all_reduce(stacked, reduce_op="mean").tolist()
+        for (step, player, value), number in zip(values, numbers, strict=True):
+            if not math.isfinite(value.weight * number):
+                raise self._gone_bad(
+                    step + 1, f"term {value.name!r} of player {player!r} became {number} (weight {value.weight:g})"
+                )
+        return {id(value): number for (*_, value), number in zip(values, numbers, strict=True)}
+
+    def _gone_bad(self, step: int, what: str) -> RunError:
+        kept = self.checkpoints.all()
+        where = f"the checkpoint of step {int(kept[-1].name)} is kept" if kept else "no checkpoint was made yet"
+        return RunError(
+            f"stage {self.stage.name!r}, step {step}: {what}; {where}; lower the learning rate, clip gradients, "
+            "or look at the data"
+        )
 
     def _evaluate(self) -> None:
         """Evaluate in eval mode, leaving the random state as it was: how often one looks must not change the run."""
         assert self.stage.evaluate is not None
-        models = [m.module for player in self.players for m in self._models(player)]
-        modes = [module.training for module in models]
         state = random_state()
-        for module in models:
-            module.eval()
-        with torch.no_grad(), self.fabric.autocast(), whole(self.tapped):
+        with self._looking([model.module for model in self.trained.values()]):
             self.figures = {name: float(value) for name, value in self.stage.evaluate().items()}
-        for module, mode in zip(models, modes, strict=True):
-            module.train(mode)
         restore_random_state(state)
         self.context.metrics.append({"step": self.step, "kind": "eval", "metrics": self.figures})
         self.context.metrics.track(self.figures, self.step)
@@ -419,6 +422,17 @@ class _Loop:
                 self.best = {"value": value, "step": self.step, "waited": 0, "state": state_dict}
             else:
                 self.best["waited"] += 1
+
+    @contextmanager
+    def _looking(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Forwards that teach nothing: no gradient, and no statistics kept by ``modules``, which are in eval mode."""
+        modes = {part: part.training for module in modules for part in module.modules()}
+        for module in modules:
+            module.eval()
+        with torch.no_grad(), self.fabric.autocast(), whole(self.tapped):
+            yield
+        for part, mode in modes.items():
+            part.training = mode
 
     def _patience_spent(self) -> bool:
         return self.stage.patience is not None and self.best["waited"] >= self.stage.patience
@@ -435,18 +449,27 @@ class _Loop:
         due = time.monotonic() - saved > 60 * self.run_.checkpoint_minutes
         return bool(self.fabric.broadcast(due)) if self.fabric.world_size > 1 else due
 
+    def _sound(self, model: Observed) -> dict[str, Tensor]:
+        """The weights of a model, for saving: not if they went bad, which a gradient does where no term shows it."""
+        state = full(model.module.state_dict())
+        trainable = {name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
+        for name, tensor in state.items():
+            if name in trainable and not torch.isfinite(tensor).all():
+                raise self._gone_bad(self.step, f"the weights {name!r} of {model.name} became nan or infinite")
+        return state
+
     def _state(self) -> dict[str, Any]:
-        trained = {id(m.module): m.module for player in self.players for m in self._models(player)}
         state: dict[str, Any] = {
             "step": self.step,
             "elapsed": self.elapsed,
-            "models": [module.state_dict() for module in trained.values()],
+            "models": [self._sound(model) for model in self.trained.values()],
             "objectives": [player.objective.state_dict() for player in self.players],
             "optimizers": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
             "ema": [player.ema.module.state_dict() if player.ema else None for player in self.players],
             "sources": [source.state_dict() for source in self._streams()],
             "precision": self.fabric.strategy.precision.state_dict(),
             "best": self.best,
+            "figures": self.figures,
         }
         random_states = [random_state()]
         if self.fabric.world_size > 1:
@@ -467,9 +490,8 @@ class _Loop:
         )
         if state is None:
             return
-        trained = {id(m.module): m.module for player in self.players for m in self._models(player)}
-        for module, saved in zip(trained.values(), state["models"], strict=True):
-            load_module_state(module, saved)
+        for model, saved in zip(self.trained.values(), state["models"], strict=True):
+            load_module_state(model.module, saved)
         for player, optimizer, objective, moments, mean in zip(
             self.players, self.optimizers, state["objectives"], state["optimizers"], state["ema"], strict=True
         ):
@@ -480,7 +502,8 @@ class _Loop:
         for source, saved in zip(self._streams(), state["sources"], strict=True):
             source.load_state_dict(saved)
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        self.best, self.step, self.elapsed = state["best"], state["step"], state["elapsed"]
+        self.best, self.figures = state["best"], state["figures"]
+        self.step, self.elapsed = state["step"], state["elapsed"]
         if len(state["random"]) == self.fabric.world_size:
             restore_random_state(state["random"][self.fabric.global_rank])
 
@@ -491,7 +514,9 @@ class _Loop:
         return first.ema.module if first.ema is not None else self._models(first)[0].module
 
     def finish(self) -> str:
-        """Put the result together, save it, and drop the checkpoints."""
+        """Put the result together and save it."""
+        for model in self.trained.values():
+            self._sound(model)
         result = self._result()
         if self.best["state"] is not None:
             load_module_state(result, self.best["state"])

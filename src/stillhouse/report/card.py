@@ -14,21 +14,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from stillhouse.base.errors import RunError
-from stillhouse.report.html import (
-    RunRecord,
-    StageRecord,
-    Table,
-    command_line,
-    duration,
-    listed,
-    mapping,
-    number,
-    plain,
-    read_run,
-    show,
-    text,
-    write_whole,
-)
+from stillhouse.base.files import whole_file
+from stillhouse.report.record import RunRecord, StageRecord, Table, read_run
+from stillhouse.report.wording import command_line, duration, listed, mapping, number, plain, show, text
 
 
 def write_model_card(
@@ -76,10 +64,10 @@ def write_model_card(
     ]
     body = "\n\n".join(part for part in parts if part)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=False)
-    try:
-        return write_whole(model_dir / "README.md", str(card))
-    except OSError as problem:
-        raise RunError(f"the model card in {model_dir} cannot be written: {problem}") from problem
+    readme = model_dir / "README.md"
+    with whole_file(readme) as temporary:
+        temporary.write_text(str(card), encoding="utf-8", errors="replace")
+    return readme
 
 
 def _what(run: RunRecord, base_model: str | None, dataset: str | None, teacher: str | None) -> str:

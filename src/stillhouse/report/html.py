@@ -1,28 +1,19 @@
-"""Reads a run directory from its JSON files and writes it down as one self-contained page.
-
-The reader takes what is there: a missing or damaged file costs its own part of the page and a note, no more.
-"""
+"""A run written down as one self-contained page."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
-import os
-import re
-import secrets
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from stillhouse.base.errors import RunError
+from stillhouse.base.files import whole_file
 from stillhouse.report.figures import (
     DASHES,
     PALETTE,
@@ -36,6 +27,8 @@ from stillhouse.report.figures import (
     line_plot,
     reliability_plot,
 )
+from stillhouse.report.record import RunRecord, StageRecord, read_run
+from stillhouse.report.wording import command_line, duration, listed, mapping, memory, number, plain, show, text, when
 
 MOST_PLOTTED_STAGES = 12
 MOST_VALUES = 8
@@ -56,404 +49,6 @@ THEME_SCRIPT = """
 """
 
 
-# --- the run directory ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a result table."""
-
-    key: str
-    label: str
-    format: str = ""
-    better: str | None = None
-    help: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A result table as an evaluation or audit left it."""
-
-    title: str
-    columns: list[Column]
-    rows: list[dict[str, Any]]
-    notes: list[str]
-
-    @property
-    def students(self) -> list[int]:
-        """Positions of the rows that are not a teacher: by the row's ``role``, else by its name."""
-        found = []
-        for index, row in enumerate(self.rows):
-            role, name = text(row.get("role")).lower(), text(row.get("name")).lower()
-            named = bool(re.search(r"\bteachers?\b", name)) and "student" not in name
-            if not (role == "teacher" if role else named):
-                found.append(index)
-        return found
-
-    def cell(self, row: int, column: Column) -> str:
-        return show(self.rows[row].get(column.key), column.format)
-
-    def best(self, column: Column) -> set[int]:
-        """The student rows that show the best value; empty unless ``better`` is set and the rows differ."""
-        values = {row: number(self.rows[row].get(column.key)) for row in self.students}
-        known = {row: value for row, value in values.items() if math.isfinite(value)}
-        if column.better is None or len({self.cell(row, column) for row in known}) < 2:
-            return set()
-        pick = min if column.better == "lower" else max
-        shown = self.cell(pick(known, key=lambda row: known[row]), column)
-        return {row for row in known if self.cell(row, column) == shown}
-
-    @property
-    def marks(self) -> bool:
-        """Whether any column has a best row."""
-        return any(self.best(column) for column in self.columns)
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """One stage folder, read."""
-
-    folder: str
-    name: str
-    kind: str
-    status: str
-    seconds: float
-    peak_memory_mb: float
-    steps: float
-    metrics: dict[str, Any]
-    artifact: str
-    reused: bool
-    train: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # player -> lines by step
-    evals: list[dict[str, Any]] = field(default_factory=list)
-    table: Table | None = None
-    reliability: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        return self.folder.replace("-", " ", 1)
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """A run directory, read."""
-
-    path: Path
-    name: str
-    system: str
-    title: str
-    citation: str
-    status: str
-    error: str
-    seconds: float
-    config: dict[str, Any]
-    explicit: set[str]
-    demo: set[str]
-    fields: dict[str, Any]
-    versions: dict[str, Any]
-    machine: dict[str, Any]
-    git: dict[str, Any]
-    argv: list[str]
-    raw: dict[str, Any]
-    stages: list[StageRecord]
-
-    def source(self, name: str) -> str:
-        """Where a field's value came from: ``yours``, ``demo`` or ``default``."""
-        return "yours" if name in self.explicit else "demo" if name in self.demo else "default"
-
-    @property
-    def fields_by_source(self) -> list[str]:
-        """Configuration fields: those the user set, then those of the demo, then the rest."""
-        order = ("yours", "demo", "default")
-        return sorted(self.config, key=lambda name: order.index(self.source(name)))
-
-
-def read_run(run_dir: Path) -> RunRecord:
-    """Read a run directory.
-
-    Raises:
-        RunError: ``run.json`` is missing or is not a JSON object.
-    """
-    path = Path(run_dir)
-    try:
-        raw = json.loads((path / "run.json").read_text("utf-8", errors="replace"))
-    except FileNotFoundError:
-        raise RunError(f"{path} is not a run directory: it holds no run.json") from None
-    except (OSError, ValueError) as problem:
-        raise RunError(f"{path / 'run.json'} cannot be read: {problem}") from problem
-    if not isinstance(raw, dict):
-        raise RunError(f"{path / 'run.json'} should hold a JSON object, not {type(raw).__name__}")
-
-    folders = [text(one) for one in listed(raw.get("stages"))]
-    folders = [one for one in folders if one and Path(one).name == one and one not in (".", "..")]
-    if (path / "stages").is_dir():
-        folders += sorted(one.name for one in (path / "stages").iterdir() if one.is_dir() and one.name not in folders)
-    return RunRecord(
-        path=path,
-        name=text(raw.get("name")) or path.resolve().name,
-        system=text(raw.get("system")),
-        title=text(raw.get("title")) or text(raw.get("system")) or path.resolve().name,
-        citation=text(raw.get("citation")),
-        status=text(raw.get("status")) or "unknown",
-        error=hide_secrets(text(raw.get("error"))).strip(),
-        seconds=number(raw.get("seconds")),
-        config={str(key): hide_field(str(key), value) for key, value in mapping(raw.get("config")).items()},
-        explicit={text(one) for one in listed(raw.get("explicit"))},
-        demo={text(one) for one in listed(raw.get("demo"))},
-        fields=mapping(raw.get("fields")),
-        versions=mapping(raw.get("versions")),
-        machine=mapping(raw.get("machine")),
-        git=mapping(raw.get("git")),
-        argv=hide_arguments([text(one) for one in listed(raw.get("argv"))]),
-        raw=raw,
-        stages=[_read_stage(path / "stages" / folder, run_failed=raw.get("status") == "failed") for folder in folders],
-    )
-
-
-def _read_stage(folder: Path, *, run_failed: bool) -> StageRecord:
-    problems: list[str] = []
-    raw = mapping(_read_json(folder / "stage.json", problems)) if folder.is_dir() else {}
-    name = re.sub(r"^\d+-", "", folder.name)
-    data = folder
-    if text(raw.get("cache")):
-        data = Path(text(raw["cache"]))
-        if not data.is_dir():
-            problems.append(f"its cache {data} is gone: no curves and no artifact")
-    train: dict[str, dict[float, dict[str, Any]]] = {}
-    evals: dict[float, dict[str, Any]] = {}
-    for line in _read_lines(data / "metrics.jsonl"):
-        step = number(line.get("step"))
-        if not math.isfinite(step):
-            continue
-        if line.get("kind") == "train":  # a resumed run logs some steps twice: the later line counts
-            train.setdefault(text(line.get("player")), {})[step] = line
-        elif line.get("kind") == "eval":
-            evals[step] = line
-    status = text(raw.get("status")) or ("unknown" if folder.is_dir() else "no record")
-    seconds = number(raw.get("seconds"))
-    if status == "running":
-        logged = [number(lines[max(lines)].get("seconds")) for lines in train.values()]
-        seconds = max((one for one in logged if math.isfinite(one)), default=seconds)
-        status = "failed" if run_failed else status
-    artifact = data / "artifact"
-    about = mapping(raw.get("artifact"))
-    kind = text(about.get("kind"))
-    return StageRecord(
-        folder=folder.name,
-        name=text(raw.get("name")) or name,
-        kind=text(raw.get("kind")),
-        status=status,
-        seconds=seconds,
-        peak_memory_mb=number(raw.get("peak_memory_mb")),
-        steps=number(raw.get("steps")),
-        metrics=mapping(raw.get("metrics")),
-        artifact="" if kind == "none" else kind,
-        reused=bool(raw.get("reused")),
-        train={player: [lines[step] for step in sorted(lines)] for player, lines in train.items()},
-        evals=[evals[step] for step in sorted(evals)],
-        table=_table(_read_json(artifact / "table.json", problems, optional=True)),
-        reliability=mapping(_read_json(artifact / "reliability.json", problems, optional=True)),
-        samples=[
-            one
-            for one in listed(_read_json(artifact / "samples.json", problems, optional=True))
-            if isinstance(one, dict)
-        ],
-        problems=problems,
-    )
-
-
-def _table(raw: Any) -> Table | None:
-    if not isinstance(raw, dict):
-        return None
-    columns = [
-        Column(
-            key=text(one.get("key")),
-            label=text(one.get("label")) or text(one.get("key")),
-            format=text(one.get("format")),
-            better=one.get("better") if one.get("better") in ("lower", "higher") else None,
-            help=text(one.get("help")),
-        )
-        for one in listed(raw.get("columns"))
-        if isinstance(one, dict) and one.get("key") != "name"
-    ]
-    rows = [one for one in listed(raw.get("rows")) if isinstance(one, dict)]
-    return Table(text(raw.get("title")), columns, rows, [text(one) for one in listed(raw.get("notes"))])
-
-
-def _read_json(path: Path, problems: list[str], *, optional: bool = False) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8", errors="replace"))
-    except FileNotFoundError:
-        if not optional:
-            problems.append(f"{path.name} is missing")
-    except (OSError, ValueError, RecursionError) as problem:
-        problems.append(f"{path.name} cannot be read: {problem}")
-    return None
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; lines cut short by a kill are passed over."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    found = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(found, dict):
-                    yield found
-    except OSError:
-        return
-
-
-def number(value: Any) -> float:
-    """``value`` as a float; NaN for whatever is not a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def text(value: Any) -> str:
-    return value if isinstance(value, str) else "" if value is None else str(value)
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-# --- values as text -------------------------------------------------------------------------------
-
-_FORMAT = re.compile(r"[+ ]?[,_]?(\.\d{1,2})?[bdeEfFgGn%]?")  # no widths: they could ask for gigabytes
-_SECRET_FIELD = re.compile(
-    r"(^|[_.-])(api[_-]?key|secret[_-]?key|client[_-]?secret|password|passwd|credentials?|"
-    r"(access|auth|api|bearer|hf)[_-]?token)$",
-    re.IGNORECASE,
-)
-_SECRETS = (
-    (re.compile(r"\b(hf_|sk-|ghp_|gho_|glpat-)[A-Za-z0-9_-]{12,}"), r"\1(hidden)"),
-    (re.compile(r"(://)[^\s/:@]+:[^\s/@]+@"), r"\1(hidden)@"),
-)
-
-
-def show(value: Any, format_spec: str = "") -> str:
-    """A result for people: by its own format if that fits, else compactly; a dash for what is missing."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return text(value) if isinstance(value, str) else plain(value)
-    if not math.isfinite(number(value)):
-        return compact(number(value))
-    if format_spec and _FORMAT.fullmatch(format_spec):
-        whole = format_spec[-1] in "bdn" and isinstance(value, float) and value.is_integer()
-        try:
-            return format(int(value) if whole else value, format_spec).replace("-", "−")
-        except (ValueError, OverflowError):
-            pass
-    return compact(number(value))
-
-
-def plain(value: Any) -> str:
-    """A configuration value as it would be typed: strings bare, the rest as JSON."""
-    if isinstance(value, str):
-        return value or '""'
-    return json.dumps(value, ensure_ascii=False)
-
-
-def duration(seconds: float) -> str:
-    """``850 ms``, ``12.3 s``, ``3 min 20 s``, ``1 h 05 min``; a dash if unknown."""
-    if not math.isfinite(seconds) or seconds < 0:
-        return "–"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
-
-
-def memory(megabytes: float) -> str:
-    if not math.isfinite(megabytes) or megabytes < 0:
-        return "–"
-    return f"{megabytes / 1024:.2f} GB" if megabytes >= 1024 else f"{megabytes:.0f} MB"
-
-
-def when(stamp: Any) -> str:
-    """An ISO time as a date people read; whatever else it holds, unchanged."""
-    try:
-        moment = datetime.fromisoformat(text(stamp))
-    except ValueError:
-        return text(stamp)
-    zone = f" {moment:%Z}" if moment.tzinfo else ""
-    return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
-
-
-def hide_secrets(message: str) -> str:
-    """``message`` without access tokens and passwords in addresses."""
-    for pattern, instead in _SECRETS:
-        message = pattern.sub(instead, message)
-    return message
-
-
-def hide_field(name: str, value: Any) -> Any:
-    """A configuration value that may be shown: the report travels, credentials must not."""
-    if isinstance(value, dict):
-        return {key: hide_field(str(key), inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [hide_field(name, inner) for inner in value]
-    if isinstance(value, str):
-        return "(hidden)" if value and _SECRET_FIELD.search(name) else hide_secrets(value)
-    return value
-
-
-def hide_arguments(argv: Sequence[str]) -> list[str]:
-    """A command line that may be shown."""
-    shown, hide_next = [], False
-    for word in argv:
-        name, equals, value = word.partition("=")
-        secret = bool(_SECRET_FIELD.search(name.lstrip("-")))
-        if hide_next:
-            shown.append("(hidden)")
-        elif secret and equals:
-            shown.append(f"{name}=(hidden)" if value else word)
-        else:
-            shown.append(hide_secrets(word))
-        hide_next = secret and not equals and word.startswith("-")
-    return shown
-
-
-def command_line(argv: Sequence[str]) -> str:
-    """``argv`` as it is typed, with the program's folder left away."""
-    return shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else ""
-
-
-def write_whole(path: Path, content: str) -> Path:
-    """Write ``content`` so that ``path`` holds all of it or what it held before."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with partial.open("xb") as file:
-            file.write(content.encode("utf-8", errors="replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return path
-
-
-# --- the page -------------------------------------------------------------------------------------
-
-
 def write_report(run_dir: Path) -> Path:
     """Write ``run_dir/report.html``: one file, no network, readable without JavaScript.
 
@@ -463,11 +58,10 @@ def write_report(run_dir: Path) -> Path:
         RunError: ``run_dir`` holds no readable ``run.json``, or the page cannot be written.
     """
     run = read_run(run_dir)
-    page = render(run)
-    try:
-        return write_whole(run.path / "report.html", page)
-    except OSError as problem:
-        raise RunError(f"the report of {run.path} cannot be written: {problem}") from problem
+    page = run.path / "report.html"
+    with whole_file(page) as temporary:
+        temporary.write_text(render(run), encoding="utf-8", errors="replace")
+    return page
 
 
 def render(run: RunRecord) -> str:
