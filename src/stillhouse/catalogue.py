@@ -17,6 +17,7 @@ from stillhouse.core.system import System
 from stillhouse.systems import all_systems, get_system
 
 RESULTS = Path("results/claims")
+
 EXTRAS = ("wandb", "mlflow", "trackio", "deepspeed", "peft", "trl")
 
 

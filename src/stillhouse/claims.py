@@ -21,10 +21,11 @@ from scipy import stats
 
 from stillhouse.base.errors import ConfigError
 from stillhouse.base.facts import machine, versions
-from stillhouse.base.files import write_json
+from stillhouse.base.files import read_json, write_json
 from stillhouse.base.monitor import progress_bar
+from stillhouse.catalogue import RESULTS
 from stillhouse.core.system import Claim, System
-from stillhouse.systems import get_system
+from stillhouse.systems import all_systems, get_system
 from stillhouse.workflow import run_system, stage_artifacts
 
 
@@ -66,7 +67,7 @@ def check(
     seeds: int | None = None,
     workers: int | None = None,
     folder: Path = Path("runs/claims"),
-    results: Path = Path("results/claims"),
+    results: Path = RESULTS,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Run all claims of a system and write ``results/NAME.json``; returns the records.
@@ -83,6 +84,31 @@ def check(
     first, *more = records
     write_json(results / f"{system.name()}.json", {**first, **({"further": more} if more else {})})
     return records
+
+
+def configurations(claim: Claim) -> dict[str, dict[str, Any]]:
+    """What each variant of a claim is run with, in full."""
+    return {
+        variant: {"system": source, **get_system(source).make(**overrides).config()}
+        for variant, (source, overrides) in claim.variants.items()
+    }
+
+
+def stale(results: Path = RESULTS) -> list[str]:
+    """Systems whose claims have not been checked, or not as they are configured now."""
+    found = []
+    for name, system in all_systems().items():
+        claims = system.make().claims()
+        file = results / f"{name}.json"
+        if not claims or (file.exists() and _up_to_date(read_json(file), claims)):
+            continue
+        found.append(name)
+    return found
+
+
+def _up_to_date(record: dict[str, Any], claims: list[Claim]) -> bool:
+    checked = [record, *record.get("further", [])]
+    return [one["configurations"] for one in checked] == [configurations(claim) for claim in claims]
 
 
 def _check_one(
@@ -122,7 +148,7 @@ def _check_one(
         "interval": [found.low, found.high],
         "verdict": found.verdict,
         "budget": claim.budget,
-        "configurations": {v: {"system": s, **overrides} for v, (s, overrides) in claim.variants.items()},
+        "configurations": configurations(claim),
         "seeds": list(range(seeds)),
         "versions": versions(),
         "machine": machine(),

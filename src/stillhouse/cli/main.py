@@ -82,7 +82,8 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a system, on the embedded task or on your models and data."""
-    from stillhouse.cli.recipe import parse_overrides, read_recipe
+    from stillhouse.cli.recipe import parse_overrides, read_recipe, without_defaults
+    from stillhouse.systems import get_system
     from stillhouse.workflow import run_system
 
     words = list(values or [])
@@ -94,7 +95,7 @@ def run(
         raise ConfigError(f"{config} is a recipe for {named!r}, not for {name!r}")
     if not (name or named):
         raise ConfigError("which system? `stillhouse run NAME ...`, or a --config with `system: NAME`")
-    chosen |= parse_overrides(words)
+    chosen = without_defaults(get_system(name or named), chosen) | parse_overrides(words)
     output = chosen.pop("output", None) or _new_folder(name or named)
     finished = run_system(name or named, chosen, output=output, quiet=quiet, fresh=fresh)
     _show_result(finished)
@@ -224,7 +225,12 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's
 
 @app.command()
 def check(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Systems whose claims to re-measure.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Systems whose claims to re-measure.")
+    ] = None,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="All that are not checked as they are configured now.")
+    ] = False,
     seeds: Annotated[int | None, typer.Option(help="How many seeds; by default the claim's.")] = None,
     workers: Annotated[int | None, typer.Option(help="Runs at one time; by default one a core.")] = None,
     results: Annotated[Path, typer.Option(help="Where verdicts are written.")] = Path("results/claims"),
@@ -233,7 +239,11 @@ def check(
 ) -> None:
     """Re-measure a system's claims on the embedded task: effect, 95 % interval, verdict."""
     from stillhouse.claims import check as check_claims
+    from stillhouse.claims import stale as stale_claims
 
+    names = [*(names or []), *(stale_claims(results) if stale else [])]
+    if not names and not stale:
+        raise ConfigError("which system? `stillhouse check NAME...`, or --stale for all that need it")
     records = [
         r for name in names for r in check_claims(name, seeds=seeds, workers=workers, results=results, quiet=quiet)
     ]

@@ -49,10 +49,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def without_defaults(cls: type[System], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values without those left at their default: they count as not set, as `write_recipe` says."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name not in defaults or defaults[name] != value}
+
+
 def write_recipe(cls: type[System]) -> str:
     """All fields of a system and of a run with defaults and help, as a YAML file that `read_recipe` takes."""
     document = CommentedMap({"system": cls.name()})
-    document.yaml_set_start_comment(f"{cls.meta.title}. {cls.meta.citation}".strip())
+    start = f"{cls.meta.title}. {cls.meta.citation}".strip()
+    note = "A value left at its default counts as not set: on the embedded task the demo's value applies (`show NAME`)."
+    document.yaml_set_start_comment(f"{start}\n{note}")
     for title, part in (("the method", cls), ("the run", RunOptions)):
         hints = field_hints(part)
         for position, f in enumerate(dataclasses.fields(part)):

@@ -69,6 +69,9 @@ class LanguageSystem(System):
     weight_decay: Annotated[float, "decoupled weight decay", Ge(0)] = 0.01
     beta2: Annotated[float, "AdamW's second momentum", Gt(0), Lt(1)] = 0.999
     clip: Annotated[float | None, "largest gradient norm", Gt(0)] = 1.0
+    pretrain: Annotated[
+        float, "passes over the text without a teacher before it begins: for students that start from nothing", Ge(0)
+    ] = 0.0
     keep: Annotated[Literal["last", "best"], "weights kept: the last, or those with the lowest validation loss"] = (
         "last"
     )
@@ -132,20 +135,26 @@ class LanguageTask:
             data, tokenizer, window=system.window, validation=system.validation, seed=system.seed
         )
         new_student, vocab_size = _student_builder(system, teacher, tokenizer)
-        return LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
+        task = LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
+        if system.pretrain:
+            pretrained = yield task.train("pretrain", task.cross_entropy, steps=task.steps_of(system.pretrain))
+            task.new_student = lambda: load_causal_lm(str(pretrained.path))[0]
+        return task
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of a training stage."""
-        system = self.system
-        per_epoch = max(1, len(self.windows.train) // (system.batch_size * system.accumulate))
-        return system.steps or max(1, round(system.epochs * per_epoch))
+    def steps_of(self, epochs: float) -> int:
+        """Optimizer steps in so many passes over the training text."""
+        per_epoch = max(1, len(self.windows.train) // (self.system.batch_size * self.system.accumulate))
+        return max(1, round(epochs * per_epoch))
 
     def observed_teacher(self) -> Observed:
         """The frozen teacher."""
         return Observed(self.teacher, frozen=True, name="teacher", options={"use_cache": False})
 
-    def train(self, name: str, objective: Callable[[Observed], Objective]) -> Train:
+    def cross_entropy(self, student: Observed) -> Objective:
+        """The objective of a student that learns from the text alone."""
+        return TokenCrossEntropy(head_of(student), vocab_size=self.vocab_size)
+
+    def train(self, name: str, objective: Callable[[Observed], Objective], *, steps: int | None = None) -> Train:
         """A stage that trains a new student: ``objective`` gets the observed student."""
         system = self.system
         model = self.new_student()
@@ -164,7 +173,7 @@ class LanguageTask:
             name,
             player,
             source=Batches(self.windows.train, system.batch_size, seed=system.seed, gather=True),
-            steps=self.steps,
+            steps=steps or system.steps or self.steps_of(system.epochs),
             accumulate=system.accumulate,
             evaluate=partial(self.validation_figures, model),
             best="val_loss" if system.keep == "best" else None,
@@ -174,7 +183,7 @@ class LanguageTask:
 
     def baseline(self) -> Train:
         """The same student on the text alone: what distillation has to beat."""
-        return self.train("baseline", lambda student: TokenCrossEntropy(head_of(student), vocab_size=self.vocab_size))
+        return self.train("baseline", self.cross_entropy)
 
     def load(self, artifact: Artifact) -> nn.Module:
         """The model a stage left."""

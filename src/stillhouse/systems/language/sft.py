@@ -10,7 +10,6 @@ from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
 from stillhouse.core.system import Meta
-from stillhouse.objectives.language import TokenCrossEntropy, head_of
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
 
 
@@ -34,7 +33,5 @@ class SFT(LanguageSystem):
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         task = yield from LanguageTask.prepare(self, run)
-        student = yield task.train(
-            "student", lambda student: TokenCrossEntropy(head_of(student), vocab_size=task.vocab_size)
-        )
+        student = yield task.train("student", task.cross_entropy)
         yield task.evaluation({"student": student})
