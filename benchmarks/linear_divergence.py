@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import _measure
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import _measure
 from stillhouse.losses import ForwardKL, JensenShannon, linear_divergence
 
 # (ours, theirs): the largest ratio of peak memory and of time that design.md section 4 asks for.

@@ -8,6 +8,7 @@ Stillhouse that it executes. Also a system file as a user has one: ``stillhouse 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,10 +18,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import psutil
 import pyarrow.parquet
 import torch
 from safetensors.torch import save_file, save_model
@@ -53,13 +55,14 @@ Stages = Generator[Stage, Artifact, None]
 
 def net(*widths: int, norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
     """A small network whose first layer is called ``0``."""
-    first, *rest = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    first, *rest = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
     extra = [nn.BatchNorm1d(widths[1])] if norm else []
     return nn.Sequential(first, *extra, nn.ReLU(), nn.Dropout(dropout), *rest)
 
 
 def labelled(count: int = 40) -> list[tuple[Tensor, int]]:
-    inputs = torch.randn(count, FEATURES)
+    """The same data for every seed of a run."""
+    inputs = torch.randn(count, FEATURES, generator=torch.Generator().manual_seed(3))
     return [(row, int(row[:CLASSES].argmax())) for row in inputs]
 
 
@@ -356,7 +359,7 @@ class Job:
             here = str(Path(__file__).parent)
             os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
             Job.server = multiprocessing.get_context("forkserver")
-            Job.server.set_forkserver_preload(["pytest", "_systems"])
+            Job.server.set_forkserver_preload(["pytest", "pandas", "pydantic.fields", "_systems"])
         self.home.mkdir(parents=True, exist_ok=True)
         self._words.write_text("")
         self._count.unlink(missing_ok=True)
@@ -371,13 +374,21 @@ class Job:
         assert process.exitcode is not None, "the child hangs"
         return process.exitcode
 
+    def stopped_by(self, trap: Trap) -> Any:
+        """A child that has stopped itself in the trap, with SIGSTOP: it lives, holds its locks and does nothing."""
+        process = self.start(replace(trap, signal=signal.SIGSTOP))
+        while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.002)
+            assert process.exitcode is None, self.said
+        return process
+
     @property
     def _words(self) -> Path:
-        return self.home / f"{self.name}.stderr"
+        return self.home / f"{self.folder.name}.stderr"
 
     @property
     def _count(self) -> Path:
-        return self.home / f"{self.name}.count"
+        return self.home / f"{self.folder.name}.count"
 
     @property
     def said(self) -> str:
@@ -399,10 +410,8 @@ class Job:
             home = Path(record.get("cache") or stage)
             for file in sorted((home / "artifact").rglob("*")):
                 found[f"{stage.name}/{file.name}"] = file.read_bytes()
-            found[f"{stage.name}/metrics"] = [
-                {key: value for key, value in line.items() if key != "seconds"}
-                for line in lines(home / "metrics.jsonl")
-            ]
+            figures = lines(home / "metrics.jsonl")
+            found[f"{stage.name}/metrics"] = [{k: v for k, v in line.items() if k != "seconds"} for line in figures]
             assert not list(home.rglob(".*.tmp")) and not (home / "checkpoints").exists()
         return found
 

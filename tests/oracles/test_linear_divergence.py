@@ -5,6 +5,7 @@ Shapes: B batch, T positions, N = B T tokens, D student width, E teacher width, 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import dataclass, field
 
@@ -30,7 +31,10 @@ from stillhouse.losses import (
     linear_divergence,
     reduce,
 )
-from stillhouse.losses.linear_divergence import default_chunk_tokens
+from stillhouse.losses.linear_divergence import default_tokens
+
+# The package exports the function under the name of its module.
+MODULE = importlib.import_module("stillhouse.losses.linear_divergence")
 
 
 def symmetrised_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
@@ -218,6 +222,13 @@ def test_term_weights_and_reductions(reduction, divergence_weight, cross_entropy
     assert_same(case, JensenShannon(beta=0.4), 1e-10)
 
 
+def test_taid_at_zero_moves_nothing():
+    case = Case(dtype=torch.float32, V=40, teacher_size=40, softcap=5.0)
+    loss = case.fused(InterpolatedForwardKL(t=0.0)).loss
+    assert loss.item() > 0
+    assert all(grad.count_nonzero() == 0 for grad in torch.autograd.grad(loss, case.leaves))
+
+
 def test_both_weights_zero():
     case = Case(labelled=True, divergence_weight=0.0)
     result = case.fused(ForwardKL())
@@ -271,13 +282,16 @@ def test_backward_twice_over_a_retained_graph():
 @settings(deadline=None, max_examples=40)
 @given(
     chunk_tokens=st.integers(1, 20),
+    block_tokens=st.integers(1, 20),
     divergence=st.sampled_from(DIVERGENCES),
     labelled=st.booleans(),
     weighted=st.booleans(),
     softcap=st.sampled_from([None, 3.0]),
     seed=st.integers(0, 5),
 )
-def test_chunk_size_changes_nothing(chunk_tokens, divergence, labelled, weighted, softcap, seed):
+def test_chunk_and_block_sizes_change_nothing(
+    chunk_tokens, block_tokens, divergence, labelled, weighted, softcap, seed
+):
     case = Case(
         labelled=labelled,
         weighted=weighted,
@@ -285,7 +299,11 @@ def test_chunk_size_changes_nothing(chunk_tokens, divergence, labelled, weighted
         cross_entropy_weight=0.5 * labelled,
         seed=seed,
     )
-    results = [case.fused(divergence, chunk_tokens=size) for size in (chunk_tokens, 14)]
+    results = []
+    for chunk, block in ((chunk_tokens, block_tokens), (14, 14)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MODULE, "default_tokens", lambda *_, block=block: (1, block))
+            results.append(case.fused(divergence, chunk_tokens=chunk))
     grads = [torch.autograd.grad(result.loss, case.leaves) for result in results]
     for a, b in zip((*results[0][:2], *grads[0]), (*results[1][:2], *grads[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -580,11 +598,12 @@ def test_no_tensor_is_larger_than_a_chunk(divergence, labelled):
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), JensenShannon()], ids=name)
-def test_peak_memory_does_not_grow_with_the_tokens(divergence):
+def test_peak_memory_does_not_grow_with_the_tokens(divergence, monkeypatch):
     """Bytes live in torch's CPU allocator, from the profiler: eight times the tokens, the same peak."""
-    V, D, chunk_tokens = 4000, 8, 16
+    V, D, chunk_tokens, block_tokens = 4000, 8, 64, 4
+    monkeypatch.setattr(MODULE, "default_tokens", lambda *_: (1, block_tokens))
     peaks = []
-    for N in (64, 512):
+    for N in (128, 1024):
         random = torch.Generator().manual_seed(0)
         hidden_ND = torch.randn(N, D, generator=random).requires_grad_()
         weight_VD = torch.randn(V, D, generator=random).requires_grad_()
@@ -612,14 +631,15 @@ def test_peak_memory_does_not_grow_with_the_tokens(divergence):
         peaks.append(peak)
     chunk_bytes = 4 * chunk_tokens * V
     weight_bytes = 4 * V * D
-    assert peaks[1] - peaks[0] < 0.5 * chunk_bytes
-    assert 2 * chunk_bytes < peaks[1] < 8 * chunk_bytes + 2 * weight_bytes
+    block_bytes = 4 * block_tokens * V
+    assert peaks[1] - peaks[0] < 0.2 * chunk_bytes
+    assert 2 * chunk_bytes < peaks[1] < 2 * chunk_bytes + 10 * block_bytes + 2 * weight_bytes
 
 
 def test_default_chunks():
-    assert default_chunk_tokens(50_000, torch.device("cpu")) == 83
-    assert default_chunk_tokens(10**8, torch.device("cpu")) == 1
-    assert default_chunk_tokens(50_000, torch.device("cuda")) > 500
+    assert default_tokens(50_000, torch.device("cpu")) == (167, 20)
+    assert default_tokens(10**8, torch.device("cpu")) == (1, 1)
+    assert min(default_tokens(50_000, torch.device("cuda"))) > 300
 
 
 # --- errors -------------------------------------------------------------------------------------------------

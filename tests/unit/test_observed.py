@@ -207,7 +207,8 @@ def test_a_tied_parameter_is_known_by_both_names():
 def test_map_and_options_and_call():
     model, inputs = net(), x()
     observed = Observed(model, call=lambda run, batch: run(3 * batch["pictures"]))
-    assert torch.equal(observed.output().map(torch.exp).map(torch.sum)({"pictures": inputs}), model(3 * inputs).exp().sum())
+    mapped = observed.output().map(torch.exp).map(torch.sum)
+    assert torch.equal(mapped({"pictures": inputs}), model(3 * inputs).exp().sum())
 
     class Doubling(Net):
         def forward(self, inputs: Tensor, factor: int = 1) -> Tensor:
@@ -570,6 +571,7 @@ def test_attention_maps():
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama(attn_implementation="eager")).eval()
     expected = model(input_ids=IDS, output_attentions=True).attentions
+    own = hooks(model)  # transformers collects attention maps with hooks that stay
     observed = Observed(model, options={"output_attentions": True})
     maps = observed.output("attentions").map(lambda attentions: attentions[1])({"input_ids": IDS})
     assert torch.equal(maps, expected[1])
@@ -578,7 +580,7 @@ def test_attention_maps():
     assert torch.equal(tapped, expected[1])
     again = model(input_ids=IDS, output_attentions=True).attentions  # and the stop left nothing behind
     assert len(again) == 3 and all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
-    assert hooks(model) == hooks(LlamaForCausalLM(llama(attn_implementation="eager")))
+    assert hooks(model) == own
 
 
 # -- gradient checkpointing -----------------------------------------------------------------------------------------
@@ -624,7 +626,7 @@ def test_gradient_checkpointing_changes_no_gradient(paths):
 
 def compiled_equals_plain(backend: str) -> None:
     torch.manual_seed(0)
-    plain = LlamaForCausalLM(llama(num_hidden_layers=2)).train()
+    plain = LlamaForCausalLM(llama(num_hidden_layers=1)).train()
     compiled = copy.deepcopy(plain)
     found = []
     for model in (plain, compiled):

@@ -6,6 +6,7 @@ minimise; `Objective.evaluate` gives every term's value and weight as well, whic
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +71,7 @@ class Objective(nn.Module):
         return Sum([*_parts(self), *_parts(other)]) if isinstance(other, Objective) else NotImplemented
 
     def __mul__(self, weight: Scheduled) -> Objective:
-        return Weighted(self, weight) if isinstance(weight, Scheduled) else NotImplemented
+        return Weighted(self, weight) if isinstance(weight, int | Scheduled) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -102,12 +103,12 @@ class Sum(Objective):
 
     def evaluate(self, turn: Turn, batch: Batch, progress: Progress) -> list[TermValue]:
         values: list[TermValue] = []
-        taken: dict[str, int] = {}
+        taken: set[str] = set()
         for term in self.terms:
             for value in term.evaluate(turn, batch, progress):  # type: ignore[operator]
-                taken[value.name] = taken.get(value.name, 0) + 1
-                if taken[value.name] > 1:
-                    value.name = f"{value.name}_{taken[value.name]}"
+                numbered = (f"{value.name}_{number}" for number in itertools.count(2))
+                value.name = next(name for name in itertools.chain([value.name], numbered) if name not in taken)
+                taken.add(value.name)
                 values.append(value)
         return values
 
@@ -120,6 +121,11 @@ class Weighted(Objective):
         self.inner = inner
         self.weight = weight
         self.name = inner.name
+
+    def named(self, name: str) -> Objective:
+        self.name = name
+        self.inner.named(name)
+        return self
 
     def signals(self) -> Iterator[Signal]:
         return self.inner.signals()

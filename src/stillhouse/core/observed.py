@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from stillhouse.base.errors import ModelError, suggest
@@ -67,7 +68,7 @@ class View:
         ``index`` picks from a module that returns a tuple; ``call`` picks one of several calls of a shared module
         (0 the first, -1 the last). Raises `ModelError` with the closest existing paths if ``path`` does not exist.
         """
-        modules = dict(self.observed.module.named_modules())
+        modules = dict(self.observed.module.named_modules(remove_duplicate=False))
         if path not in modules:
             raise ModelError(
                 f"{self.observed.name} has no sub-module {path!r}{suggest(path, (n for n in modules if n))}"
@@ -90,7 +91,10 @@ class View:
         if self.name not in batch:
             raise KeyError(f"view {self.name!r} needs batch[{self.name!r}]; the batch has: {', '.join(batch)}")
         other = batch[self.name]
-        return other if isinstance(other, Mapping) else {**batch, "inputs": other}
+        if isinstance(other, Mapping):
+            return other
+        self.observed.takes_inputs(self.name, batch)
+        return {**batch, "inputs": other}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +112,7 @@ class Signal:
 
     def detach(self) -> Signal:
         """The same tensor without gradient; a model read only so runs under ``no_grad``."""
-        return replace(self, detached=True)
+        return replace(self, detached=True, transforms=(*self.transforms, _detached))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Signal:
         """The tensor after ``function``."""
@@ -121,6 +125,11 @@ class Signal:
     def __str__(self) -> str:
         where = self.address.path if self.address.path is not None else "output"
         return f"{self.observed.name}.{where}"
+
+
+def _detached(value: Any) -> Any:
+    """A tensor, or a structure of tensors, without gradient."""
+    return tree_map_only(Tensor, Tensor.detach, value)
 
 
 class _Stop(Exception):
@@ -293,7 +302,8 @@ class Observed:
 
         Asking again with the same arguments gives the same view, so its forward is shared.
         """
-        key = (name, transform, around, tuple((entry, id(signal)) for entry, signal in (feed or {}).items()))
+        fed = tuple((entry, s.view, s.address, s.detached, s.transforms) for entry, s in (feed or {}).items())
+        key = (name, transform, around, fed)
         return self._views.setdefault(key, View(self, name, transform, dict(feed or {}), around))
 
     def output(self, name: str | int | None = None) -> Signal:
@@ -307,6 +317,14 @@ class Observed:
     def parameter(self, path: str) -> Signal:
         """See `View.parameter`."""
         return self._plain.parameter(path)
+
+    def takes_inputs(self, entry: str, batch: Batch) -> None:
+        """Raise ``KeyError`` if ``batch["inputs"]`` would be passed over for entries of the batch with other names."""
+        named = sorted(self._accepts & batch.keys())
+        if self._call == self._by_name and named and "inputs" not in self._accepts:
+            raise KeyError(
+                f"batch[{entry!r}] is a tensor, but {self.name} is fed by name ({', '.join(named)}); make it a mapping"
+            )
 
     def _by_name(self, run: Callable[..., Any], batch: Batch) -> Any:
         named = {key: value for key, value in batch.items() if key in self._accepts}
@@ -322,6 +340,8 @@ class Observed:
     def run(self, view: View, plan: tuple[Address, ...], batch: Batch, *, grad: bool) -> dict[Address, Tensor]:
         """One forward that returns the tensors at the addresses of ``plan``."""
         module = self.engine if grad else self.tapped
+        if self.frozen and self.module.training:  # somebody else holds it too
+            self.module.eval()
         self.tapped.plan = plan
         around = view.around(self.module) if view.around else nullcontext()
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()), around:
@@ -370,8 +390,8 @@ class Turn:
                     signal.view, tuple(plan), {**batch, **fed} if fed else batch, grad=any(plan.values())
                 )
         value = self._memo[key][signal.address]
-        if signal.detached and isinstance(value, Tensor):
-            value = value.detach()
+        if signal.detached:
+            value = _detached(value)
         for transform in signal.transforms:
             value = transform(value)
         return value

@@ -1,18 +1,19 @@
 """Distillation and cross-entropy losses fused with the output layer: full logits never exist.
 
-Shapes: N tokens (any leading shape, e.g. BT), D student width, E teacher width, V vocabulary, C tokens of one
-chunk, 1 an axis of size one.
+Shapes: N tokens (any leading shape, e.g. BT), C tokens of one chunk, R rows of one block of it, D student width,
+E teacher width, V vocabulary, 1 an axis of size one.
 
 The logits of one chunk of tokens are computed, compared, turned into gradients of the hidden states and of the
 output layer, and dropped, all in the forward pass; the backward pass only scales what is there. Peak extra
-memory is a few times C x V plus the gradient of the output layer (twice, while backward scales it), whatever N
-is, and nothing is computed twice.
+memory is two chunks of logits (C x V; student and teacher) plus the gradient of the output layer (twice, while
+the backward pass scales it), whatever N is, and nothing is computed twice.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -32,10 +33,11 @@ from stillhouse.losses.divergences import (
 _Reduction = Literal["mean", "sum"]
 
 IGNORE_INDEX = -100
-# Logits of one chunk. On a CPU they should stay near the caches; an accelerator needs some hundred rows for
-# its matrix products to hide the reading and writing of the weight gradient.
-CHUNK_BYTES_CPU = 16 * 2**20
-CHUNK_BYTES_ACCELERATOR = 256 * 2**20
+# A chunk of logits goes through the matrix products, a block of it through the row losses. On a CPU blocks should
+# fit the caches; on an accelerator chunks need some hundred rows, so that reading and writing the weight gradient
+# hides behind the products, and blocks must outweigh the launch of a kernel.
+CHUNK_BYTES_CPU, BLOCK_BYTES_CPU = 32 * 2**20, 4 * 2**20
+CHUNK_BYTES_ACCELERATOR, BLOCK_BYTES_ACCELERATOR = 256 * 2**20, 64 * 2**20
 
 
 class LinearDivergence(NamedTuple):
@@ -91,7 +93,7 @@ def linear_divergence(
     - ``weight_N``: token weights or mask (bool or real). ``label_weight_N`` is the same for the labels and
       defaults to ``weight_N``. Tokens that count in neither are gathered out first and cost nothing.
     - ``vocab_size``: cut both models to the real vocabulary; by default to the smaller of the two.
-    - ``chunk_tokens``: tokens per chunk; by default logits of 16 MiB on a CPU and 256 MiB elsewhere.
+    - ``chunk_tokens``: tokens per chunk; by default logits of 32 MiB on a CPU and 256 MiB elsewhere.
     - ``reduction``: "mean" divides each term by the sum of its weights (0 if all are 0), "sum" does not.
 
     Under autocast the matrix products run in its dtype and the rest in float32. The gradient of a
@@ -158,10 +160,12 @@ def linear_cross_entropy(
     return loss
 
 
-def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """Tokens per chunk whose float32 logits fill the default chunk of this kind of device."""
-    chunk_bytes = CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES_ACCELERATOR
-    return max(1, chunk_bytes // (4 * vocab_size))
+def default_tokens(vocab_size: int, device: torch.device) -> tuple[int, int]:
+    """How many tokens' float32 logits fill a chunk and a block on this kind of device."""
+    on_cpu = device.type == "cpu"
+    chunk_bytes = CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_ACCELERATOR
+    block_bytes = BLOCK_BYTES_CPU if on_cpu else BLOCK_BYTES_ACCELERATOR
+    return max(1, chunk_bytes // (4 * vocab_size)), max(1, block_bytes // (4 * vocab_size))
 
 
 @dataclass(frozen=True)
@@ -179,15 +183,19 @@ class _Head:
         bias_V = None if self.bias is None else _cast(self.bias[: self.size], autocast)
         return replace(self, weight=_cast(self.weight[: self.size], autocast), bias=bias_V)
 
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Logits of some rows, at least float32: (C, size)."""
-        z_CV = F.linear(hidden_CD, self.weight, self.bias)
-        z_CV = z_CV.to(torch.promote_types(z_CV.dtype, torch.float32))
+    def logits(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
+        """The logits of some rows, written into memory of at least float32."""
+        if self.weight.dtype != out_CV.dtype:
+            out_CV.copy_(F.linear(hidden_CD, self.weight, self.bias))
+        elif self.bias is None:
+            torch.mm(hidden_CD, self.weight.T, out=out_CV)
+        else:
+            torch.addmm(self.bias, hidden_CD, self.weight.T, out=out_CV)
         if self.scale != 1.0:
-            z_CV.mul_(self.scale)
+            out_CV.mul_(self.scale)
         if self.softcap is not None:
-            z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z_CV
+            out_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out_CV
 
     def cap_slope(self, z_CV: Tensor) -> Tensor | None:
         """Slope of the soft cap where it gave these logits."""
@@ -201,21 +209,25 @@ class _Term:
     row_weight: Tensor
     coefficient: float
 
-    def value(self, z_CV: Tensor, chunk: slice) -> Tensor:
-        """Loss of each row of the chunk: (C)."""
-        raise NotImplementedError
-
-    def value_and_grad(self, z_CV: Tensor, chunk: slice, *, overwrite: bool) -> tuple[Tensor, Tensor]:
-        """The same, and its gradient in the logits, (C, V), which may take the memory of the logits."""
-        raise NotImplementedError
-
     def keep(self, keep_N: Tensor) -> Self:
         """The term on some of its rows."""
         raise NotImplementedError
 
-    def ready(self, autocast: torch.dtype | None) -> Self:
-        """The term with its tensors cast as autocast would."""
-        return self
+    def ready(self, autocast: torch.dtype | None, like_CV: Tensor) -> Self:
+        """The term with its tensors cast as autocast would, and memory for a chunk of logits."""
+        raise NotImplementedError
+
+    def target(self, chunk: slice) -> Tensor:
+        """What the student's logits in these rows are compared with; valid until the next chunk."""
+        raise NotImplementedError
+
+    def value(self, z_CV: Tensor, target_C: Tensor) -> Tensor:
+        """Loss of every row: (C)."""
+        raise NotImplementedError
+
+    def value_and_grad(self, z_CV: Tensor, target_C: Tensor, *, overwrite: bool) -> tuple[Tensor, Tensor]:
+        """The same and its gradient in the logits, (C, V); may use up the target, and the logits if told so."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,18 +235,26 @@ class _TeacherTerm(_Term):
     hidden: Tensor
     head: _Head
     divergence: RowDivergence
+    memory: Tensor | None = None
 
-    def value(self, z_CV: Tensor, chunk: slice) -> Tensor:
-        return self._by_row(self.divergence(z_CV, self._logits(z_CV, chunk)), z_CV)
+    def keep(self, keep_N: Tensor) -> Self:
+        return replace(self, row_weight=self.row_weight[keep_N], hidden=self.hidden[keep_N])
 
-    def value_and_grad(self, z_CV: Tensor, chunk: slice, *, overwrite: bool) -> tuple[Tensor, Tensor]:
-        loss_C, grad_CV = value_and_grad(
-            self.divergence, z_CV if overwrite else z_CV.clone(), self._logits(z_CV, chunk), overwrite=True
-        )
+    def ready(self, autocast: torch.dtype | None, like_CV: Tensor) -> Self:
+        hidden = _cast(self.hidden, autocast)
+        return replace(self, hidden=hidden, head=self.head.ready(autocast), memory=torch.empty_like(like_CV))
+
+    def target(self, chunk: slice) -> Tensor:
+        assert self.memory is not None
+        return self.head.logits(self.hidden[chunk], self.memory[: chunk.stop - chunk.start])
+
+    def value(self, z_CV: Tensor, target_C: Tensor) -> Tensor:
+        return self._by_row(self.divergence(z_CV, target_C), z_CV)
+
+    def value_and_grad(self, z_CV: Tensor, target_C: Tensor, *, overwrite: bool) -> tuple[Tensor, Tensor]:
+        z_CV = z_CV if overwrite else z_CV.clone()
+        loss_C, grad_CV = value_and_grad(self.divergence, z_CV, target_C, overwrite=True)
         return self._by_row(loss_C, z_CV), grad_CV
-
-    def _logits(self, z_CV: Tensor, chunk: slice) -> Tensor:
-        return self.head.logits(self.hidden[chunk]).to(z_CV.dtype)
 
     def _by_row(self, loss_C: Tensor, z_CV: Tensor) -> Tensor:
         if loss_C.shape != z_CV.shape[:-1]:
@@ -242,29 +262,29 @@ class _TeacherTerm(_Term):
             raise ValueError(f"divergence must return one loss per row; it returned shape {made}")
         return loss_C
 
-    def keep(self, keep_N: Tensor) -> Self:
-        return replace(self, row_weight=self.row_weight[keep_N], hidden=self.hidden[keep_N])
-
-    def ready(self, autocast: torch.dtype | None) -> Self:
-        return replace(self, hidden=_cast(self.hidden, autocast), head=self.head.ready(autocast))
-
 
 @dataclass(frozen=True, kw_only=True)
 class _LabelTerm(_Term):
     labels: Tensor
 
-    def value(self, z_CV: Tensor, chunk: slice) -> Tensor:
-        return F.cross_entropy(z_CV, self.labels[chunk], reduction="none")
-
-    def value_and_grad(self, z_CV: Tensor, chunk: slice, *, overwrite: bool) -> tuple[Tensor, Tensor]:
-        label_C1 = self.labels[chunk].unsqueeze(-1)
-        log_q_CV = log_softmax(z_CV, overwrite=overwrite)
-        loss_C = -log_q_CV.gather(-1, label_C1).squeeze(-1)
-        q_CV = log_q_CV.exp_()
-        return loss_C, q_CV.scatter_add_(-1, label_C1, q_CV.new_full(label_C1.shape, -1))
-
     def keep(self, keep_N: Tensor) -> Self:
         return replace(self, row_weight=self.row_weight[keep_N], labels=self.labels[keep_N])
+
+    def ready(self, autocast: torch.dtype | None, like_CV: Tensor) -> Self:
+        return self
+
+    def target(self, chunk: slice) -> Tensor:
+        return self.labels[chunk]
+
+    def value(self, z_CV: Tensor, target_C: Tensor) -> Tensor:
+        return F.cross_entropy(z_CV, target_C, reduction="none")
+
+    def value_and_grad(self, z_CV: Tensor, target_C: Tensor, *, overwrite: bool) -> tuple[Tensor, Tensor]:
+        target_C1 = target_C.unsqueeze(-1)
+        log_q_CV = log_softmax(z_CV, overwrite=overwrite)
+        loss_C = -log_q_CV.gather(-1, target_C1).squeeze(-1)
+        q_CV = log_q_CV.exp_()
+        return loss_C, q_CV.scatter_add_(-1, target_C1, q_CV.new_full(target_C1.shape, -1))
 
 
 def _linear_loss(
@@ -279,6 +299,7 @@ def _linear_loss(
     keep_N = torch.stack([term.row_weight != 0 for term in terms]).any(0)
     if not keep_N.all():
         hidden_ND, terms = hidden_ND[keep_N], [term.keep(keep_N) for term in terms]
+    default_chunk, default_block = default_tokens(student.size, hidden.device)
     plan = _Plan(
         student=student,
         terms=terms,
@@ -286,7 +307,8 @@ def _linear_loss(
             torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
             for tensor in (hidden_ND, student.weight, student.bias)
         ),
-        chunk_tokens=chunk_tokens or default_chunk_tokens(student.size, hidden.device),
+        chunk_tokens=chunk_tokens or default_chunk,
+        block_tokens=default_block,
         reduction=reduction,
     )
     loss, *values = _LinearLoss.apply(hidden_ND, student.weight, student.bias, plan)
@@ -299,6 +321,7 @@ class _Plan:
     terms: Sequence[_Term]
     needs_grad: tuple[bool, ...]
     chunk_tokens: int
+    block_tokens: int
     reduction: _Reduction
 
 
@@ -351,7 +374,6 @@ def _run(
 ) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
     """Loss of every row by term, and the gradients of sum(scale * loss), in one pass over the chunks."""
     head, hidden_ND = plan.student.ready(autocast), _cast(hidden_ND, autocast)
-    terms = [term.ready(autocast) for term in plan.terms]
     losses = [torch.zeros_like(scale_N) for scale_N in scales]
     accumulator = losses[0].dtype
     grad_hidden_ND, grad_weight_VD, grad_bias_V = (
@@ -363,24 +385,32 @@ def _run(
             strict=True,
         )
     )
-    for chunk in _chunks(len(hidden_ND), plan.chunk_tokens):
-        z_CV = head.logits(hidden_ND[chunk])
-        cap_slope_CV = head.cap_slope(z_CV)
-        grads: list[tuple[Tensor, Tensor]] = []
-        for term, scale_N, loss_N in zip(terms, scales, losses, strict=True):
-            if any(plan.needs_grad) and term.coefficient != 0:
-                loss_N[chunk], grad_CV = term.value_and_grad(z_CV, chunk, overwrite=term is terms[-1])
-                grads.append((grad_CV, scale_N[chunk].unsqueeze(-1)))
-            else:
-                loss_N[chunk] = term.value(z_CV, chunk)
-        if not grads:
+    chunks = _slices(len(hidden_ND), plan.chunk_tokens)
+    memory_CV = losses[0].new_empty(max((chunk.stop - chunk.start for chunk in chunks), default=0), head.size)
+    terms = [term.ready(autocast, memory_CV) for term in plan.terms]
+    learning = [k for k, term in enumerate(terms) if any(plan.needs_grad) and term.coefficient != 0]
+    for chunk in chunks:
+        z_CV = head.logits(hidden_ND[chunk], memory_CV[: chunk.stop - chunk.start])
+        targets = [term.target(chunk) for term in terms]
+        # Row losses go by still smaller blocks, so that what they compute on the way is small and near.
+        for rows in _slices(len(z_CV), plan.block_tokens):
+            _row_losses_(
+                head,
+                z_CV[rows],
+                [
+                    (term, target[rows], loss_N[chunk][rows], scale_N[chunk][rows])
+                    for term, target, loss_N, scale_N in zip(terms, targets, losses, scales, strict=True)
+                ],
+                learning,
+            )
+        if not learning:
             continue
-        grad_CV, scale_C1 = _merge_(grads)
-        if cap_slope_CV is not None:
-            grad_CV.mul_(cap_slope_CV)
+        grad_CV, scale_C1 = z_CV.to(hidden_ND.dtype), torch.ones_like(z_CV[:, :1])
+        if len(learning) == 1:
+            # The row scale of a single term waits for the narrow side of the products: (C, D), not (C, V).
+            scale_C1 = scales[learning[0]][chunk].unsqueeze(-1)
         if grad_bias_V is not None:
-            grad_bias_V[: head.size].addmv_(grad_CV.T, scale_C1.squeeze(-1))
-        grad_CV = grad_CV.to(hidden_ND.dtype)
+            grad_bias_V[: head.size].addmv_(z_CV.T, scale_C1.squeeze(-1))
         if grad_hidden_ND is not None:
             grad_hidden_ND[chunk] = (grad_CV @ head.weight).mul_(scale_C1)
         if grad_weight_VD is not None:
@@ -389,29 +419,39 @@ def _run(
     return losses, (grad_hidden_ND, grad_weight_VD, grad_bias_V)
 
 
-def _merge_(grads: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One gradient and its row scale from one per term, in place.
+def _row_losses_(
+    head: _Head,
+    z_RV: Tensor,
+    work: Sequence[tuple[_Term, Tensor, Tensor, Tensor]],
+    learning: Sequence[int],
+) -> None:
+    """Fill in the losses of some rows and replace their logits by the gradient in front of the soft cap.
 
-    With a single term the scale is left for the narrow side of the products that follow: (C, D), not (C, V).
+    ``work`` holds each term with its target, its losses and its scales in these rows. If several terms learn,
+    the gradient is that of sum(scale * loss); if one does, that of its plain loss.
     """
-    (grad_CV, scale_C1), *others = grads
-    if not others:
-        return grad_CV, scale_C1
-    grad_CV.mul_(scale_C1)
-    for other_CV, other_scale_C1 in others:
-        grad_CV.addcmul_(other_CV, other_scale_C1)
-    return grad_CV, torch.ones_like(scale_C1)
+    cap_slope_RV = head.cap_slope(z_RV) if learning else None
+    grads = []
+    for k, (term, target_R, loss_R, scale_R) in enumerate(work):
+        if k not in learning:
+            loss_R.copy_(term.value(z_RV, target_R))
+            continue
+        term_loss_R, grad_RV = term.value_and_grad(z_RV, target_R, overwrite=k == len(work) - 1)
+        loss_R.copy_(term_loss_R)
+        grads.append(grad_RV if len(learning) == 1 else grad_RV.mul_(scale_R.unsqueeze(-1)))
+    if grads:
+        grad_RV = functools.reduce(Tensor.add_, grads)
+        z_RV.copy_(grad_RV if cap_slope_RV is None else grad_RV.mul_(cap_slope_RV))
 
 
 def _norm(term: _Term, reduction: _Reduction) -> Tensor:
     return total_weight(term.row_weight) if reduction == "mean" else term.row_weight.new_ones(())
 
 
-def _chunks(n: int, chunk: int) -> Iterator[slice]:
-    """As few slices of at most ``chunk`` rows as cover ``n`` rows, of nearly equal length."""
-    count = math.ceil(n / chunk)
-    for k in range(count):
-        yield slice(k * n // count, (k + 1) * n // count)
+def _slices(n: int, most: int) -> list[slice]:
+    """As few slices of at most ``most`` as cover ``n``, of nearly equal length."""
+    count = math.ceil(n / most)
+    return [slice(k * n // count, (k + 1) * n // count) for k in range(count)]
 
 
 def _add_product_(sum_VD: Tensor, x_VC: Tensor, y_CD: Tensor) -> None:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.core.observed import Batch, Observed, Turn
-from stillhouse.losses.linear_divergence import default_chunk_tokens
 from stillhouse.metrics.calibration import Reliability
 from stillhouse.models.causal_lm import output_head
+
+
+CHUNK_LOGITS = 2**22  # logits of one model that exist at one time
 
 
 @dataclass
@@ -94,7 +96,7 @@ def compare_causal_lms(
         keep_N = mask[:, 1:].flatten().bool()
         labels_N = batch["input_ids"][:, 1:].flatten()[keep_N]
         hidden = {name: reader.hidden(batch)[keep_N] for name, reader in readers.items()}
-        size = default_chunk_tokens(vocab_size, labels_N.device)
+        size = max(1, CHUNK_LOGITS // vocab_size)
         for start in range(0, len(labels_N), size):
             chunk = slice(start, start + size)
             logs = {name: reader.log_probabilities(hidden[name][chunk], vocab_size) for name, reader in readers.items()}

@@ -122,7 +122,7 @@ class TokenMatch(Term):
             teacher_logit_scale=teacher.scale,
             student_softcap=student.softcap,
             teacher_softcap=teacher.softcap,
-            labels_N=labels_BT if label_weight else None,
+            labels_N=None if self.cross_entropy == 0 else labels_BT,
             divergence_weight=divergence_weight,
             cross_entropy_weight=label_weight,
             weight_N=weight_BT,

@@ -83,8 +83,8 @@ class LanguageSystem(System):
 
     demo: ClassVar[dict[str, Any]] = {
         "window": 128,
-        "batch_size": 16,
-        "epochs": 8.0,
+        "batch_size": 8,
+        "epochs": 6.0,
         "lr": 2e-3,
         "warmup": 0.05,
         "beta2": 0.99,
@@ -293,7 +293,7 @@ class DemoTeacher:
     layers: int = 5
     heads: int = 4
     window: int = 128
-    batch_size: int = 16
+    batch_size: int = 4
     epochs: float = 6.0
     lr: float = 2e-3
     weight_decay: float = 0.1

@@ -1,0 +1,170 @@
+"""From documents and conversations to tokens: ids, the bytes each stands for, and a mask on responses.
+
+The functions of batches are made for ``datasets.Dataset.map``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stillhouse.base.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+PIECE = 1 << 16  # characters; longer documents are tokenised in pieces, so that memory stays bounded
+
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+"""For tokenizers without a chat template: ``### User:``, the text, ``### Assistant:``, the text, EOS."""
+
+Turns = list[dict[str, str]]
+
+
+def digest(*parts: Any) -> str:
+    """sha256 (hex) of JSON-like values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """sha256 (hex) of everything in a fast tokenizer that decides which ids a text gets."""
+    known = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return digest(known, tokenizer.chat_template, tokenizer.special_tokens_map, _lead(tokenizer))
+
+
+def _lead(tokenizer: Tokenizer) -> list[int]:
+    """The BOS id, for tokenizers that themselves put it before a text; else nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _call(tokenizer: Tokenizer, texts: list[str], *, offsets: bool = False) -> Any:
+    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets, verbose=False)
+
+
+def _locate(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each text: ids, where each token ends (characters), and the UTF-8 bytes it stands for.
+
+    A token ends where its offset says and begins where the one before ended: tokens that share a character (bytes of
+    an emoji) and blanks that offsets leave out then count once. Special tokens stand for no bytes.
+    """
+    called = _call(tokenizer, texts, offsets=True)
+    located = []
+    for text, ids, offsets in zip(texts, called["input_ids"], called["offset_mapping"], strict=True):
+        characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        widths = 1 + (characters >= 0x80).astype(np.int64) + (characters >= 0x800) + (characters >= 0x10000)
+        ends = np.maximum.accumulate(np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
+        sizes = np.diff(np.append(0, np.cumsum(widths))[ends], prepend=0)
+        sizes[np.isin(ids, tokenizer.all_special_ids)] = 0
+        located.append((np.array(ids, dtype=np.int32), ends, sizes))
+    return located
+
+
+# Documents
+
+
+def encode_documents(tokenizer: Tokenizer, batch: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
+    """The ids of every document with BOS and EOS; none of an empty one."""
+    split = [_pieces(text) for text in batch["text"]]
+    pieces = [piece for of_one in split for piece in of_one]
+    groups = (pieces[start : start + 64] for start in range(0, len(pieces), 64))
+    encoded = iter([np.array(ids, np.int32) for group in groups for ids in _call(tokenizer, group)["input_ids"]])
+    lead, end = np.array(_lead(tokenizer), np.int32), np.array([tokenizer.eos_token_id], np.int32)
+    joined = [np.concatenate([lead, *(next(encoded) for _ in of_one), end]) for of_one in split]
+    return {"input_ids": [ids if text else ids[:0] for text, ids in zip(batch["text"], joined, strict=True)]}
+
+
+def document_sizes(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The UTF-8 bytes that each id of :func:`encode_documents` stands for; none for BOS and EOS."""
+    sizes = [size for _, _, size in _locate(tokenizer, _pieces(text))]
+    return np.concatenate([np.zeros(len(_lead(tokenizer))), *sizes, [0]] if text else [[]])
+
+
+def _pieces(text: str) -> list[str]:
+    """A text in pieces that end with a line where they can."""
+    pieces, start = [], 0
+    while len(text) - start > PIECE:
+        end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+# Conversations
+
+
+def encode_conversations(
+    tokenizer: Tokenizer, name: str, T: int, batch: dict[str, list[Any]], indices: list[int]
+) -> dict[str, list[np.ndarray]]:
+    """Conversations in windows of T tokens, those without a response in their window left out.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``loss_mask`` and ``sizes`` (bytes of a predicted token), padded at the
+        right, and ``truncated`` (1 if the end did not fit).
+    """
+    pairs = zip(batch.get("prompt", []), batch.get("completion", []), strict=True)
+    conversations = batch.get("messages") or [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}] for prompt, completion in pairs
+    ]
+    rendered = [
+        _render(tokenizer, turns, f"{name} record {index + 1}")
+        for turns, index in zip(conversations, indices, strict=True)
+    ]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in CHAT_COLUMNS}
+    for (ids, ends, sizes), (_, spans) in zip(_locate(tokenizer, [text for text, _ in rendered]), rendered, strict=True):
+        loss_mask = np.zeros(len(ids), dtype=np.uint8)
+        for start, end in spans:
+            loss_mask[(ends > start) & (ends <= end)] = 1
+        if not loss_mask[1:T].any():
+            continue
+        padded = {"input_ids": ids, "attention_mask": np.ones_like(loss_mask), "loss_mask": loss_mask, "sizes": sizes}
+        for column, values in padded.items():
+            fill = pad if column == "input_ids" else 0
+            rows[column].append(np.pad(values[:T], (0, max(0, T - len(ids))), constant_values=fill))
+        rows["truncated"].append(np.array([len(ids) > T]))
+    return rows
+
+
+CHAT_COLUMNS = {"input_ids": "int32", "attention_mask": "uint8", "loss_mask": "uint8", "sizes": "int32", "truncated": "bool"}
+"""Column -> type of its numbers; what :func:`encode_conversations` gives."""
+
+
+def _render(tokenizer: Tokenizer, turns: Turns, where: str) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as text, and from where to where each response goes, end marker included.
+
+    A template may write earlier turns differently once later ones follow (some leave out earlier reasoning); a
+    response that is not found again in the whole text counts as context.
+    """
+    whole, spans = _apply_template(tokenizer, turns, where), []
+    for number, turn in enumerate(turns):
+        if turn["role"] == "assistant" and number > 0:
+            before = _apply_template(tokenizer, turns[:number], where)
+            upto = _apply_template(tokenizer, turns[: number + 1], where)
+            if whole.startswith(before) and whole.startswith(upto):
+                asked = _apply_template(tokenizer, turns[:number], where, add_generation_prompt=True)
+                start = len(os.path.commonprefix([whole, asked]))  # noqa: RUF071  characters are meant
+                spans.append((start, len(upto.rstrip())))
+    return whole, spans
+
+
+def _apply_template(tokenizer: Tokenizer, turns: Turns, where: str, *, add_generation_prompt: bool = False) -> str:
+    template = tokenizer.chat_template or "".join([tokenizer.bos_token] * len(_lead(tokenizer))) + FALLBACK_TEMPLATE
+    try:
+        return tokenizer.apply_chat_template(
+            turns, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses this conversation ({reason}); change the record, or use "
+            "another tokenizer"
+        ) from error
