@@ -1,6 +1,6 @@
 """Write the tables of systems from the catalogue and the committed verdicts: ``docs/systems.md`` and the README's.
 
-Run by ``make docs``, and by mkdocs before it builds (the page only).
+Run by ``make docs``; a test says when what is committed is out of date.
 """
 
 from __future__ import annotations
@@ -51,16 +51,12 @@ def table(columns: list[str], lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(cells) + " |\n" for cells in (columns, rule, *lines))
 
 
-def systems_table(systems: list[dict[str, Any]]) -> str:
+def systems_section(systems: list[dict[str, Any]]) -> str:
+    axes = ("title", "family", "feedback", "teacher_access", "scheme")
     columns = ["system", "what it is", "family", "reads", "access", "scheme", "verdict"]
-    axes = ("family", "feedback", "teacher_access", "scheme")
-    return table(
-        columns,
-        [
-            [f"`{one['name']}`", one["citation"] or one["title"], *(one[axis] for axis in axes), verdict_of(one["name"])]
-            for one in systems
-        ],
-    )
+    lines = [[f"`{one['name']}`", *(one[axis] for axis in axes), verdict_of(one["name"])] for one in systems]
+    papers = [f"- `{one['name']}`: {one['citation']}\n" for one in systems if one["citation"]]
+    return table(columns, lines) + "\n" + "".join(papers)
 
 
 def claim_section(record: dict[str, Any]) -> str:
@@ -77,8 +73,8 @@ def claim_section(record: dict[str, Any]) -> str:
         f"Claim ({record['scope']}): {record['statement']}.\n\n"
         f"Metric: {record['metric']} ({direction} is better).{budget}\n\n"
         + table(["variant", *(f"seed {seed}" for seed in seeds), "mean"], values)
-        + f"\nEffect of `{record['method']}` over `{record['baseline']}`: {record['effect']:+.4f} (positive is better), "
-        f"95 % interval [{low:+.4f}, {high:+.4f}].\n"
+        + f"\nEffect of `{record['method']}` over `{record['baseline']}`: {record['effect']:+.4f} (positive is "
+        f"better), 95 % interval [{low:+.4f}, {high:+.4f}].\n"
     )
 
 
@@ -87,7 +83,7 @@ def page() -> str:
     parts = [HEAD]
     by_domain = sorted(rows(), key=lambda one: one["domain"])
     for domain, systems in groupby(by_domain, key=lambda one: one["domain"]):
-        parts.append(f"## {domain.capitalize()}\n\n{systems_table(list(systems))}")
+        parts.append(f"## {domain.capitalize()}\n\n{systems_section(list(systems))}")
     records = [record for one in by_domain for record in claims_of(one["name"])]
     if records:
         parts.append("## Claims\n\n" + "\n".join(map(claim_section, records)))
@@ -100,17 +96,6 @@ def readme(text: str) -> str:
     return MARKED.sub(lambda marks: marks[1] + table(["system", "what it is", "verdict"], lines) + marks[2], text)
 
 
-def _write(file: Path, text: str) -> None:
-    if not file.exists() or file.read_text(encoding="utf-8") != text:  # a build that changes nothing triggers nothing
-        file.write_text(text, encoding="utf-8")
-
-
-def on_pre_build(config: object) -> None:
-    """Called by mkdocs."""
-    _write(PAGE, page())
-
-
 if __name__ == "__main__":
-    _write(PAGE, page())
-    if README.exists():
-        _write(README, readme(README.read_text(encoding="utf-8")))
+    PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")

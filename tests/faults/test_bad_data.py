@@ -214,7 +214,10 @@ def test_first_record_without_text_says_what_is_accepted(folder):
         ({"messages": "hi"}, "field 'messages': Input should be a valid list (it is 'hi')"),
         ({"messages": [{"role": "user"}]}, "field 'messages.0.content': Field required (it has the fields 'role')"),
         ({"messages": ["hi"]}, "field 'messages.0': Input should be a valid dictionary"),
-        ({"messages": [{"role": "user", "content": None}]}, "field 'messages.0.content': Input should be a valid string"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "field 'messages.0.content': Input should be a valid string",
+        ),
         ({"messages": [{"role": 3, "content": "x"}]}, "field 'messages.0.role': Input should be a valid string"),
         ({"conversations": [{"from": "human", "value": 1}]}, "field 'conversations.0.value': Input should be"),
         ({"prompt": "p", "completion": 1}, "field 'completion': Input should be a valid string"),
@@ -329,7 +332,7 @@ def refused_windows(data, tokenizer, *needles, **options):
 def test_text_shorter_than_the_windows(tokenizer, texts):
     present = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts if text)
     refused_windows(
-        text_data(*texts), tokenizer, "mine.txt", f"{present} tokens", "more than 128", "smaller window", window=64
+        text_data(*texts), tokenizer, "mine.txt", f"{present} tokens", "need 128", "smaller window", window=64
     )
 
 
@@ -345,8 +348,6 @@ def test_too_many_validation_windows(tokenizer):
         ({"window": 8, "validation": 0}, "validation=0"),
         ({"window": 8, "validation": 1.0}, "validation=1.0"),
         ({"window": 8, "validation": -0.1}, "validation=-0.1"),
-        ({"window": 8, "max_tokens": 15}, "use at least 16"),
-        ({"window": 8, "max_tokens": 31, "validation": 3}, "use at least 32"),
     ],
 )
 def test_options_out_of_range(tokenizer, options, says):

@@ -118,7 +118,9 @@ def test_only_leftovers_are_swept(tmp_path):
     assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == sorted(kept)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"status": "do', b"\0" * 100, b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"status": "do', b"\0" * 100, b"\xff\xfe"], ids=["empty", "cut", "zeros", "binary"]
+)
 @pytest.mark.parametrize("name", ["run.json", "stages/01-student/stage.json"])
 def test_a_damaged_record_is_one_clear_line(name, content, killed, reference):
     """Which file, and what to do about it; and doing so helps."""

@@ -100,7 +100,7 @@ def test_a_gradient_that_goes_bad_in_the_last_step_makes_no_artifact(tmp_path):
 
 
 def test_the_first_of_several_players_is_named(tmp_path):
-    """The second player goes bad first, and takes the first one with it; both before the next line is logged."""
+    """The second player goes bad, and takes the first one with it."""
     torch.manual_seed(0)
     one, two = Observed(net(FEATURES, 8, CLASSES), name="one"), Observed(net(FEATURES, 8, CLASSES), name="two")
     step = -1

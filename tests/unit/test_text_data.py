@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import stillhouse.data.encoding as encoding
 import stillhouse.data.text as text_module
 import stillhouse.data.windows as windows_module
 from stillhouse.base.errors import DataError
@@ -305,18 +306,12 @@ def test_one_huge_document_among_small_ones_stays_in_training(tokenizer):
     assert len(windows.validation) < 0.15 * len(windows.train)
 
 
-def test_few_equal_documents_give_one_whole_one(tokenizer):
+def test_few_long_documents_give_the_end_of_the_stream(tokenizer):
     texts = ["".join(PROSE[start : start + 12]) for start in range(0, 60, 12)]
     windows = tokenize_windows(text_data(texts), tokenizer, window=16, validation=0.05)
-    assert any(text.startswith(tokenizer.decode(stream_of(windows.validation))[:-20]) for text in texts)
-
-
-def test_max_tokens_bounds_what_is_used(tokenizer):
-    windows = tokenize_windows(text_data(PROSE), tokenizer, window=16, validation=0.1, max_tokens=640)
-    assert 560 < 16 * (len(windows.train) + len(windows.validation)) <= 640
-    assert len(windows.validation) <= 8
-    least = tokenize_windows(text_data(PROSE), tokenizer, window=16, max_tokens=32)
-    assert (len(least.train), len(least.validation)) == (1, 1)
+    held_out = tokenizer.decode(stream_of(windows.validation))
+    assert any(held_out in text for text in texts)
+    assert 0.03 < len(windows.validation) / (len(windows.train) + len(windows.validation)) < 0.06
 
 
 def test_validation_bytes_are_those_of_the_predicted_tokens(tokenizer):
@@ -340,19 +335,16 @@ def test_validation_bytes_of_ascii_are_exact(tokenizer):
 def test_very_long_documents_are_tokenised_in_pieces(tokenizer, monkeypatch):
     text = "".join(PROSE)
     whole = tokenize_windows(text_data([text, *PROSE]), tokenizer, window=16)
-    monkeypatch.setattr(windows_module, "LONGEST_PIECE", 300)
+    monkeypatch.setattr(encoding, "PIECE", 300)
     pieces = tokenize_windows(text_data([text, *PROSE]), tokenizer, window=16)
     assert tokenizer.decode(stream_of(whole.train)) == tokenizer.decode(stream_of(pieces.train))
     assert abs(whole.validation_bytes - pieces.validation_bytes) < 100
-    assert all(
-        "".join(piece for piece, _, _ in windows_module._pieces(t)) == t for t in (text, "x" * 1000, "", "\n" * 700)
-    )
+    assert all("".join(encoding._pieces(t)) == t for t in (text, "x" * 1000, "", "\n" * 700))
 
 
 def test_items_are_int64_tensors_one_or_many(tokenizer):
-    split = tokenize_windows(text_data(PROSE * 20), tokenizer, window=8).train
-    assert len(split) > 2 * windows_module.ROWS
-    rows = [5, len(split) - 1, windows_module.ROWS, 5]
+    split = tokenize_windows(text_data(PROSE), tokenizer, window=8).train
+    rows = [5, len(split) - 1, 17, 5]
     many = split[rows]["input_ids"]
     assert many.shape == (4, 8)
     assert many.dtype == torch.int64
@@ -371,43 +363,20 @@ def test_split_works_in_a_data_loader(tokenizer):
     assert torch.equal(batch["input_ids"], split[[0, 1, 2, 3]]["input_ids"])
 
 
-def test_cache_holds_the_same_windows_and_is_used(tokenizer, tmp_path, monkeypatch):
-    data = text_data(PROSE * 20)
-    plain = tokenize_windows(data, tokenizer, window=8)
-    kept = tokenize_windows(data, tokenizer, window=8, cache_dir=tmp_path)
-    assert stream_of(plain.train) == stream_of(kept.train)
-    assert stream_of(plain.validation) == stream_of(kept.validation)
-    assert plain.counts == kept.counts
-    (folder,) = tmp_path.iterdir()
-    assert len(datasets.Dataset.from_file(str(folder / "train.arrow"))) == len(kept.train)
-    monkeypatch.setattr(windows_module, "_build", lambda *args: pytest.fail("built again"))
-    again = tokenize_windows(data, tokenizer, window=8, cache_dir=tmp_path)
-    assert (stream_of(again.train), again.counts) == (stream_of(kept.train), kept.counts)
-
-
-@pytest.mark.parametrize("harm", ["cut", "gone", "note"])
-def test_damaged_cache_is_made_again(tokenizer, tmp_path, harm):
-    data = text_data(PROSE * 20)
-    kept = tokenize_windows(data, tokenizer, window=8, cache_dir=tmp_path)
-    expected = stream_of(kept.train)
-    (folder,) = tmp_path.iterdir()
-    file = folder / "train.arrow"
-    whole = file.read_bytes()
-    del kept
-    if harm == "cut":
-        file.unlink()
-        file.write_bytes(whole[: len(whole) // 2])
-    elif harm == "gone":
-        file.unlink()
-    else:
-        (folder / "windows.json").write_text("{")
-    assert stream_of(tokenize_windows(data, tokenizer, window=8, cache_dir=tmp_path).train) == expected
+def test_tokens_are_kept_beside_documents_on_disk(tokenizer, tmp_path, monkeypatch):
+    data = load_text(jsonl(tmp_path / "a.jsonl", [{"text": text} for text in PROSE]))
+    plain = tokenize_windows(text_data(PROSE), tokenizer, window=8)
+    first = tokenize_windows(data, tokenizer, window=8)
+    monkeypatch.setattr(windows_module, "encode_documents", lambda *args: pytest.fail("tokenised again"))
+    again = tokenize_windows(data, tokenizer, window=8)
+    assert stream_of(plain.train) == stream_of(first.train) == stream_of(again.train)
+    assert plain.counts == first.counts == again.counts
 
 
 def test_fingerprint_depends_on_all_that_matters(tokenizer):
     other = train_bpe(PROSE, vocab_size=300)
     data = text_data(PROSE)
-    options = [{}, {"window": 9}, {"seed": 1}, {"validation": 0.2}, {"max_tokens": 900}]
+    options = [{}, {"window": 9}, {"seed": 1}, {"validation": 0.2}]
     prints = [tokenize_windows(data, tokenizer, **{"window": 8, **option}).fingerprint for option in options]
     prints.append(tokenize_windows(data, other, window=8).fingerprint)
     prints.append(tokenize_windows(text_data(PROSE[1:]), tokenizer, window=8).fingerprint)
@@ -514,7 +483,6 @@ def test_long_examples_lose_their_end_or_are_dropped(tokenizer):
     assert windows.counts.truncated == 1
     assert windows.counts.dropped == 1
     assert len(windows.train) + len(windows.validation) == 22
-    assert "1 examples truncated, 1 dropped" in windows.describe()
     full = [item for item in windows.train if int(item["attention_mask"].sum()) == 64]
     assert len(full) <= 1
 
@@ -525,44 +493,12 @@ def test_conversations_without_a_response_are_dropped(chat_tokenizer):
     assert windows.counts.dropped == 1
 
 
-def test_packing_keeps_every_example_whole(tokenizer):
-    plain = tokenize_windows(chat_data("prompt-completion", PAIRS), tokenizer, window=128, validation=4)
-    packed = tokenize_windows(chat_data("prompt-completion", PAIRS), tokenizer, window=128, validation=4, pack=True)
-    assert len(packed.train) <= len(plain.train) / 2
-    for name in ("validation_tokens", "validation_bytes"):
-        assert getattr(packed, name) == getattr(plain, name)
-    assert packed.counts.train_tokens == plain.counts.train_tokens
-
-    def joined(windows):
-        return sorted("".join(responses(tokenizer, item) for item in windows.train).split("<|endoftext|>"))
-
-    assert joined(packed) == joined(plain)
-
-
 def test_counts_of_conversations_are_of_responses(tokenizer):
     windows = tokenize_windows(chat_data("prompt-completion", PAIRS), tokenizer, window=64, validation=5)
     assert windows.validation_tokens == sum(int(item["loss_mask"].sum()) for item in windows.validation)
     texts = [responses(tokenizer, item).removesuffix("<|endoftext|>") for item in windows.validation]
     assert windows.validation_bytes == sum(map(len, texts))
     assert windows.kind == "prompt-completion"
-
-
-def test_max_tokens_for_conversations(tokenizer):
-    windows = tokenize_windows(
-        chat_data("prompt-completion", PAIRS), tokenizer, window=64, validation=2, max_tokens=300
-    )
-    used = sum(int(item["attention_mask"].sum()) for item in itertools.chain(windows.train, windows.validation))
-    assert 200 < used <= 300
-
-
-def test_chat_cache_round_trip(chat_tokenizer, tmp_path):
-    data = chat_data("messages", TURNS)
-    plain = tokenize_windows(data, chat_tokenizer, window=128)
-    for _ in range(2):
-        kept = tokenize_windows(data, chat_tokenizer, window=128, cache_dir=tmp_path)
-        everything = list(range(len(plain.train)))
-        for name, value in plain.train[everything].items():
-            assert torch.equal(kept.train[everything][name], value)
 
 
 def test_bits_per_byte_of_a_uniform_model(tokenizer):

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from stillhouse.base.errors import ConfigError, StillhouseError, suggest
+from stillhouse.base.errors import ConfigError, RunError, StillhouseError, suggest
 
 app = typer.Typer(
     name="stillhouse",
@@ -33,6 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if not sys.stderr.isatty() or {"-q", "--quiet"} & set(words):
+        for library in ("HUB", "DATASETS"):  # their progress bars would surround our one line
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         app(args=words, standalone_mode=False)
     except StillhouseError as error:
@@ -196,9 +199,14 @@ def config(name: str) -> None:
 @app.command()
 def runs(folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path("runs"), as_json: Json = False) -> None:
     """List the runs in a folder."""
+    from stillhouse.base.files import read_json
+
     found = []
     for file in sorted(folder.glob("*/run.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            record = read_json(file)
+        except RunError:
+            record = {"name": file.parent.name, "status": "damaged"}
         keys = ("name", "system", "status", "created", "seconds")
         found.append({key: record.get(key) for key in keys} | {"folder": str(file.parent)})
     if as_json:
@@ -209,7 +217,10 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path(
         return
     _table(
         ["run", "system", "status", "created", "seconds"],
-        [[r["folder"], r["system"] or "–", r["status"], r["created"], f"{r['seconds']:.0f}"] for r in found],
+        [
+            [r["folder"], r["system"] or "–", r["status"], r["created"] or "–", f"{r['seconds'] or 0:.0f}"]
+            for r in found
+        ],
     )
 
 

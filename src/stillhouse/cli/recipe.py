@@ -46,6 +46,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     wrong = next((key for key in content if not isinstance(key, str)), None)
     if wrong is not None:
         raise ConfigError(f"{path}: the field name {wrong!r} is not text")
+    for name in ("system", "output"):
+        if not isinstance(content.get(name), str | None):
+            raise ConfigError(f"{path}: {name}={content[name]!r} is not text")
     return dict(content)
 
 

@@ -157,6 +157,8 @@ class Tapped(nn.Module):
                 if address.call:
                     raise ModelError("torch.compile works with the first call of a tapped module only")
                 self._hook(address, functools.partial(self._captured.__setitem__, address))
+        # Code compiled for another model of this class, with other hooks, must not be taken for this one.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         self.compiled = torch.compile(self.model, **options)
 
     def _hook(self, address: Address, keep: Callable[[Any], None]) -> RemovableHandle:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 PIECE = 1 << 16  # characters; longer documents are tokenised in pieces, so that memory stays bounded
+GROUP = 32  # pieces given to the tokenizer at once
 
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}"
@@ -46,17 +48,13 @@ def _lead(tokenizer: Tokenizer) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _call(tokenizer: Tokenizer, texts: list[str], *, offsets: bool = False) -> Any:
-    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets, verbose=False)
-
-
 def _locate(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """For each text: ids, where each token ends (characters), and the UTF-8 bytes it stands for.
 
     A token ends where its offset says and begins where the one before ended: tokens that share a character (bytes of
     an emoji) and blanks that offsets leave out then count once. Special tokens stand for no bytes.
     """
-    called = _call(tokenizer, texts, offsets=True)
+    called = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     located = []
     for text, ids, offsets in zip(texts, called["input_ids"], called["offset_mapping"], strict=True):
         characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -72,20 +70,18 @@ def _locate(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np
 
 
 def encode_documents(tokenizer: Tokenizer, batch: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
-    """The ids of every document with BOS and EOS; none of an empty one."""
+    """``input_ids`` of every document with BOS and EOS, and ``sizes`` (bytes of every token); an empty one has none."""
     split = [_pieces(text) for text in batch["text"]]
     pieces = [piece for of_one in split for piece in of_one]
-    groups = (pieces[start : start + 64] for start in range(0, len(pieces), 64))
-    encoded = iter([np.array(ids, np.int32) for group in groups for ids in _call(tokenizer, group)["input_ids"]])
-    lead, end = np.array(_lead(tokenizer), np.int32), np.array([tokenizer.eos_token_id], np.int32)
-    joined = [np.concatenate([lead, *(next(encoded) for _ in of_one), end]) for of_one in split]
-    return {"input_ids": [ids if text else ids[:0] for text, ids in zip(batch["text"], joined, strict=True)]}
-
-
-def document_sizes(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The UTF-8 bytes that each id of :func:`encode_documents` stands for; none for BOS and EOS."""
-    sizes = [size for _, _, size in _locate(tokenizer, _pieces(text))]
-    return np.concatenate([np.zeros(len(_lead(tokenizer))), *sizes, [0]] if text else [[]])
+    groups = (pieces[start : start + GROUP] for start in range(0, len(pieces), GROUP))
+    located = (one for group in groups for one in _locate(tokenizer, group))
+    before, after = _lead(tokenizer), [tokenizer.eos_token_id]
+    rows: dict[str, list[np.ndarray]] = {"input_ids": [], "sizes": []}
+    for text, of_one in zip(batch["text"], split, strict=True):
+        ids, _, sizes = zip(*islice(located, len(of_one)), strict=True)
+        rows["input_ids"].append(np.concatenate([before, *ids, after])[: None if text else 0])
+        rows["sizes"].append(np.concatenate([[0] * len(before), *sizes, [0]])[: None if text else 0])
+    return rows
 
 
 def _pieces(text: str) -> list[str]:
@@ -100,6 +96,15 @@ def _pieces(text: str) -> list[str]:
 
 # Conversations
 
+CHAT_COLUMNS = {
+    "input_ids": "int32",
+    "attention_mask": "uint8",
+    "loss_mask": "uint8",
+    "sizes": "int32",
+    "truncated": "uint8",
+}
+"""What :func:`encode_conversations` gives: column -> type of the numbers in it."""
+
 
 def encode_conversations(
     tokenizer: Tokenizer, name: str, T: int, batch: dict[str, list[Any]], indices: list[int]
@@ -112,7 +117,8 @@ def encode_conversations(
     """
     pairs = zip(batch.get("prompt", []), batch.get("completion", []), strict=True)
     conversations = batch.get("messages") or [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}] for prompt, completion in pairs
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        for prompt, completion in pairs
     ]
     rendered = [
         _render(tokenizer, turns, f"{name} record {index + 1}")
@@ -120,7 +126,9 @@ def encode_conversations(
     ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows: dict[str, list[np.ndarray]] = {name: [] for name in CHAT_COLUMNS}
-    for (ids, ends, sizes), (_, spans) in zip(_locate(tokenizer, [text for text, _ in rendered]), rendered, strict=True):
+    for (ids, ends, sizes), (_, spans) in zip(
+        _locate(tokenizer, [text for text, _ in rendered]), rendered, strict=True
+    ):
         loss_mask = np.zeros(len(ids), dtype=np.uint8)
         for start, end in spans:
             loss_mask[(ends > start) & (ends <= end)] = 1
@@ -134,10 +142,6 @@ def encode_conversations(
     return rows
 
 
-CHAT_COLUMNS = {"input_ids": "int32", "attention_mask": "uint8", "loss_mask": "uint8", "sizes": "int32", "truncated": "bool"}
-"""Column -> type of its numbers; what :func:`encode_conversations` gives."""
-
-
 def _render(tokenizer: Tokenizer, turns: Turns, where: str) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as text, and from where to where each response goes, end marker included.
 
@@ -148,7 +152,7 @@ def _render(tokenizer: Tokenizer, turns: Turns, where: str) -> tuple[str, list[t
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant" and number > 0:
             before = _apply_template(tokenizer, turns[:number], where)
-            upto = _apply_template(tokenizer, turns[: number + 1], where)
+            upto = _apply_template(tokenizer, turns[: number + 1], where) if number + 1 < len(turns) else whole
             if whole.startswith(before) and whole.startswith(upto):
                 asked = _apply_template(tokenizer, turns[:number], where, add_generation_prompt=True)
                 start = len(os.path.commonprefix([whole, asked]))  # noqa: RUF071  characters are meant
@@ -157,7 +161,8 @@ def _render(tokenizer: Tokenizer, turns: Turns, where: str) -> tuple[str, list[t
 
 
 def _apply_template(tokenizer: Tokenizer, turns: Turns, where: str, *, add_generation_prompt: bool = False) -> str:
-    template = tokenizer.chat_template or "".join([tokenizer.bos_token] * len(_lead(tokenizer))) + FALLBACK_TEMPLATE
+    fallback = ("{{ bos_token }}" if _lead(tokenizer) else "") + FALLBACK_TEMPLATE
+    template = None if tokenizer.chat_template else fallback
     try:
         return tokenizer.apply_chat_template(
             turns, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False

@@ -132,8 +132,9 @@ def _collect(
     columns = {**features(form), "bad": datasets.Value("string")}
 
     def rows() -> Iterator[dict[str, Any]]:
-        number = 0
-        for number, (where, read) in enumerate(records(), 1):
+        empty = True
+        for where, read in records():
+            empty = False
             try:
                 yield {**to_document(read(), form), "bad": None}
             except ValueError as error:
@@ -142,7 +143,7 @@ def _collect(
                     hint = "put it right, or leave such records out with on_bad_record=skip"
                     raise DataError(f"{bad}; {hint}") from error
                 yield {**dict.fromkeys(columns), "bad": bad}
-        if number == 0:
+        if empty:
             raise _data_error(f"{name}: no documents in it; give data with at least one")
 
     try:

@@ -8,34 +8,30 @@ predictions. Conversations become one padded example a window, with a mask on th
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from stillhouse.base.errors import DataError
+from stillhouse.data.encoding import (
+    CHAT_COLUMNS,
+    digest,
+    encode_conversations,
+    encode_documents,
+    tokenizer_fingerprint,
+)
 from stillhouse.data.records import Kind
 from stillhouse.data.text import TextData
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 FORMAT = 2  # part of every fingerprint; raise it when the same input gives other windows
-PIECE = 1 << 16  # characters; longer documents are tokenised in pieces, so that memory stays bounded
-
-FALLBACK_TEMPLATE = (
-    "{% for message in messages %}{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
-)
-"""For tokenizers without a chat template: ``### User:``, the text, ``### Assistant:``, the text, EOS."""
 
 
 class WindowSplit:
@@ -45,14 +41,14 @@ class WindowSplit:
     0 on padding) and ``loss_mask`` (1 on tokens of a response; position 0 is never predicted).
     """
 
-    def __init__(self, arrays_NT: dict[str, np.ndarray]) -> None:
-        self._arrays_NT = arrays_NT
+    def __init__(self, columns_NT: dict[str, torch.Tensor]) -> None:
+        self._columns_NT = columns_NT
 
     def __len__(self) -> int:
-        return len(self._arrays_NT["input_ids"])
+        return len(self._columns_NT["input_ids"])
 
     def __getitem__(self, index: int | Sequence[int] | slice) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(array_NT[index].astype(np.int64)) for name, array_NT in self._arrays_NT.items()}
+        return {name: column_NT[index].long() for name, column_NT in self._columns_NT.items()}
 
 
 @dataclass(frozen=True)
@@ -104,20 +100,13 @@ class Windows:
         """UTF-8 bytes of validation text per predicted token."""
         return self.counts.validation_bytes / self.counts.validation_tokens
 
-    def describe(self) -> str:
-        """One line for people: sizes, and what was left out."""
-        line = (
-            f"{self.name}: {len(self.train):,} training and {len(self.validation):,} validation windows of "
-            f"{self.window} tokens ({self.bytes_per_token:.2f} bytes per token)"
-        )
-        if self.counts.truncated or self.counts.dropped:
-            line += f"; {self.counts.truncated:,} examples truncated, {self.counts.dropped:,} dropped as too long"
-        return line
+
+_Splits = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Counts]
 
 
 def tokenize_windows(
     data: TextData,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     window: int,
     validation: float | int = 0.05,
@@ -130,7 +119,7 @@ def tokenize_windows(
     a few long ones), the end of the stream is.
 
     Prompt-completion and messages: one example a window, padded. The tokenizer's chat template is used, or
-    :data:`FALLBACK_TEMPLATE` if it has none. Longer examples lose their right end.
+    :data:`~stillhouse.data.encoding.FALLBACK_TEMPLATE` if it has none. Longer examples lose their right end.
 
     The windows are held in memory, 4 bytes a token (6 for conversations).
 
@@ -151,85 +140,27 @@ def tokenize_windows(
         raise DataError(
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets; use one with a tokenizer.json"
         )
-    source = _digest(FORMAT, data.fingerprint, data.kind, data.skipped, tokenizer_fingerprint(tokenizer))
+    source = digest(FORMAT, data.fingerprint, data.kind, data.skipped, tokenizer_fingerprint(tokenizer))
     cut = _text_windows if data.kind == "text" else _chat_windows
-    train, held_out, counts = cut(data, tokenizer, source, window, validation, np.random.default_rng(seed))
-    fingerprint = _digest(source, window, validation, seed)
+    train, held_out, counts = cut(data, tokenizer, source, window, validation, seed)
+    fingerprint = digest(source, window, validation, seed)
     return Windows(WindowSplit(train), WindowSplit(held_out), window, data.kind, data.name, fingerprint, counts)
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 (hex) of everything in a fast tokenizer that decides which ids a text gets."""
-    known = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    return _digest(known, tokenizer.chat_template, tokenizer.special_tokens_map, _lead(tokenizer))
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-# Encoding
-
-
-def _lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS id, for tokenizers that themselves put it before a text; else nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, offsets: bool = False) -> Any:
-    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets, verbose=False)
-
-
-def _locate(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each text: ids, where each token ends (characters), and the UTF-8 bytes it stands for.
-
-    A token ends where its offset says and begins where the one before ended: tokens that share a character (bytes of
-    an emoji) and blanks that offsets leave out then count once. Special tokens stand for no bytes.
-    """
-    called = _call(tokenizer, texts, offsets=True)
-    located = []
-    for text, ids, offsets in zip(texts, called["input_ids"], called["offset_mapping"], strict=True):
-        characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        widths = 1 + (characters >= 0x80).astype(np.int64) + (characters >= 0x800) + (characters >= 0x10000)
-        ends = np.maximum.accumulate(np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
-        sizes = np.diff(np.append(0, np.cumsum(widths))[ends], prepend=0)
-        sizes[np.isin(ids, tokenizer.all_special_ids)] = 0
-        located.append((np.array(ids, dtype=np.int32), ends, sizes))
-    return located
-
-
-def _flat(tokens: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """All lists of a column one after the other, and their lengths."""
-    import pyarrow.compute as pc
-
-    lists = tokens.with_format("arrow")[:][column]
-    return pc.list_flatten(lists).to_numpy(), pc.list_value_length(lists).to_numpy()
-
-
-# Text
-
-
-def _text_windows(
-    data: TextData,
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    T: int,
-    validation: float | int,
-    random: np.random.Generator,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Counts]:
+def _text_windows(data: TextData, tokenizer: Tokenizer, source: str, T: int, validation: float, seed: int) -> _Splits:
     import datasets
 
+    column = datasets.LargeList(datasets.Value("int32"))
     tokens = data.documents.map(
-        partial(_encode_documents, tokenizer),
+        partial(encode_documents, tokenizer),
         batched=True,
         batch_size=256,
         remove_columns=["text"],
-        features=datasets.Features({"input_ids": datasets.LargeList(datasets.Value("int32"))}),
+        features=datasets.Features({"input_ids": column, "sizes": column}),
         new_fingerprint=source,
         desc="Tokenising",
     )
-    order = random.permutation(len(tokens))
+    order = np.random.default_rng(seed).permutation(len(tokens))
     stream, lengths = _flat(tokens.select(order), "input_ids")
     least = validation if isinstance(validation, int) else 1
     if len(stream) < (1 + least) * T:
@@ -237,29 +168,27 @@ def _text_windows(
             f"{data.name}: too little text: {len(stream):,} tokens, but one training and {least} validation "
             f"window{'s' if least > 1 else ''} of {T} need {(1 + least) * T:,}; use a smaller window or more text"
         )
-    share = least * T if isinstance(validation, int) else max(T, round(validation * len(stream)))
-    documents, count = _hold_out(lengths, min(share, len(stream) - T), T)
+    target = least * T if isinstance(validation, int) else max(T, round(validation * len(stream)))
+    documents, count = _hold_out(lengths, min(target, len(stream) - T), T)
     inside = np.repeat(documents, lengths)
-    cut = int(inside.sum()) - count  # these tokens come before what is held out
-    train = np.concatenate([stream[~inside], stream[inside][:cut]])
-    held_out = stream[inside][cut:]
-    sizes = np.concatenate([_document_sizes(tokenizer, text) for text in data.documents.select(order[documents])["text"]])
-    windows = len(held_out) // T if isinstance(validation, float) else validation
-    train_NT, held_out_NT = train[: len(train) // T * T].reshape(-1, T), held_out[: windows * T].reshape(-1, T)
+    start = int(inside.sum()) - count  # what those documents have before it is for training
+    train_NT = _cut(np.concatenate([stream[~inside], stream[inside][:start]]), T)
+    held_out_NT = _cut(stream[inside][start:], T)[: least if isinstance(validation, int) else None]
+    sizes_NT = _cut(_flat(tokens.select(order[documents]), "sizes")[0][start:], T)[: len(held_out_NT)]
     counts = Counts(
         train_tokens=train_NT.size,
         validation_tokens=held_out_NT[:, 1:].size,
-        validation_bytes=int(sizes[cut:][: windows * T].reshape(-1, T)[:, 1:].sum()),
+        validation_bytes=int(sizes_NT[:, 1:].sum()),
         left_over=len(stream) - train_NT.size - held_out_NT.size,
     )
-    return {"input_ids": train_NT}, {"input_ids": held_out_NT}, counts
+    return {"input_ids": torch.from_numpy(train_NT)}, {"input_ids": torch.from_numpy(held_out_NT)}, counts
 
 
 def _hold_out(lengths: np.ndarray, target: int, least: int) -> tuple[np.ndarray, int]:
     """Which documents hold what is held out, as a mask, and how many tokens at their end are: at least ``target``.
 
-    Whole documents, but none larger than twice the target, or one book among notes would be all of it, and
-    ``least`` tokens must be left to train on; if that cannot be, the end of the stream, whatever begins there.
+    Whole documents, but none larger than twice the target, or one book among notes would be all of it, and ``least``
+    tokens are left to train on; if that cannot be, the end of the stream.
     """
     chosen, held = np.zeros(len(lengths), dtype=bool), 0
     for index, length in enumerate(lengths.tolist()):
@@ -273,72 +202,51 @@ def _hold_out(lengths: np.ndarray, target: int, least: int) -> tuple[np.ndarray,
     return np.cumsum(lengths) > lengths.sum() - target, target
 
 
-def _pieces(text: str) -> list[str]:
-    """A text in pieces that end with a line where they can."""
-    pieces, start = [], 0
-    while len(text) - start > PIECE:
-        end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
-
-
-def _encode_documents(tokenizer: PreTrainedTokenizerBase, batch: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
-    """The ids of every document with BOS and EOS; none of an empty one."""
-    split = [_pieces(text) for text in batch["text"]]
-    pieces = [piece for of_one in split for piece in of_one]
-    groups = (pieces[start : start + 64] for start in range(0, len(pieces), 64))
-    encoded = iter([np.array(ids, np.int32) for group in groups for ids in _call(tokenizer, group)["input_ids"]])
-    before, after = _lead(tokenizer), [tokenizer.eos_token_id]
-    joined = [np.concatenate([before, *(next(encoded) for _ in of_one), after], dtype=np.int32) for of_one in split]
-    return {"input_ids": [ids if text else ids[:0] for text, ids in zip(batch["text"], joined, strict=True)]}
-
-
-def _document_sizes(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """The bytes that the ids of a document stand for."""
-    sizes = [size for _, _, size in _locate(tokenizer, _pieces(text))]
-    return np.concatenate([np.zeros(len(_lead(tokenizer))), *sizes, [0]] if text else [[]])
-
-
-# Conversations
-
-
-def _chat_windows(
-    data: TextData,
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    T: int,
-    validation: float | int,
-    random: np.random.Generator,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Counts]:
+def _chat_windows(data: TextData, tokenizer: Tokenizer, source: str, T: int, validation: float, seed: int) -> _Splits:
     import datasets
 
-    columns = {"input_ids": "int32", "attention_mask": "uint8", "loss_mask": "uint8", "bytes": "int64", "cut": "uint8"}
+    features = {name: datasets.List(datasets.Value(dtype)) for name, dtype in CHAT_COLUMNS.items()}
     examples = data.documents.map(
-        partial(_encode_conversations, tokenizer, data.name, T),
+        partial(encode_conversations, tokenizer, data.name, T),
         batched=True,
         batch_size=256,
         with_indices=True,
         remove_columns=data.documents.column_names,
-        features=datasets.Features({name: datasets.List(datasets.Value(dtype)) for name, dtype in columns.items()}),
-        new_fingerprint=_digest(source, T),
+        features=datasets.Features(features),
+        new_fingerprint=digest(source, T),
         desc="Tokenising",
     )
-    total = len(data.documents)
+    total, usable = len(data.documents), len(examples)
     wanted = validation if isinstance(validation, int) else max(1, round(validation * total))
-    if len(examples) <= wanted:
+    if usable <= wanted:
         raise DataError(
-            f"{data.name}: {total} examples, {total - len(examples)} of them dropped as too long or without a response, "
+            f"{data.name}: {total} examples, {total - usable} of them dropped as too long or without a response, "
             f"cannot give {wanted} for validation and one for training; use a larger window or more data"
         )
-    shuffled = examples.select(random.permutation(len(examples)))
-    found = {name: _flat(shuffled, name)[0].reshape(len(examples), -1) for name in columns}
-    held_out, train = ({name: array[part] for name, array in found.items()} for part in (slice(wanted), slice(wanted, None)))
+    shuffled = examples.select(np.random.default_rng(seed).permutation(usable))
+    found = {name: torch.from_numpy(_flat(shuffled, name)[0]).view(usable, -1) for name in CHAT_COLUMNS}
+    sizes, truncated = found.pop("sizes")[:wanted], found.pop("truncated")
+    train = {name: column[wanted:] for name, column in found.items()}
+    held_out = {name: column[:wanted] for name, column in found.items()}
+    predicted = held_out["loss_mask"][:, 1:] == 1
     counts = Counts(
         train_tokens=int(train["attention_mask"].sum()),
-        validation_tokens=int(held_out["loss_mask"][:, 1:].sum()),
-        validation_bytes=int(held_out["bytes"].sum()),
-        truncated=int(found["cut"].sum()),
-        dropped=total - len(examples),
+        validation_tokens=int(predicted.sum()),
+        validation_bytes=int(sizes[:, 1:][predicted].sum()),
+        truncated=int(truncated.sum()),
+        dropped=total - usable,
     )
     return train, held_out, counts
+
+
+def _cut(stream: np.ndarray, T: int) -> np.ndarray:
+    """The whole windows of a stream, one a row."""
+    return stream[: len(stream) // T * T].reshape(-1, T)
+
+
+def _flat(tokens: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """All lists of a column one after the other, and their lengths."""
+    import pyarrow.compute as pc
+
+    lists = tokens.with_format("arrow")[:][column]
+    return pc.list_flatten(lists).to_numpy(), pc.list_value_length(lists).to_numpy()

@@ -279,10 +279,10 @@ class AlphaBeta(_Softened):
 
     -1/(alpha beta) sum [ p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta) ],
     continued to alpha = 0, beta = 0 and alpha + beta = 0 by its limits (Cichocki, Cruces and Amari, 2011,
-    Entropy 13:134).
-    (1, 0) is ``ForwardKL``, (0, 1) is ``ReverseKL``, (0.5, 0.5) is four times the squared Hellinger distance
-    1 - sum sqrt(p q), (1, 1) is half the squared distance of p and q. Swapping alpha and beta swaps p and q.
-    A negative exponent weights what one side thinks impossible and is unbounded there.
+    Entropy 13:134). (1, 0) is ``ForwardKL``, (0, 1) is ``ReverseKL``, (0.5, 0.5) is four times the squared
+    Hellinger distance 1 - sum sqrt(p q), (1, 1) is half the squared distance of p and q. Swapping alpha and beta
+    swaps p and q. A negative exponent weights what one side thinks impossible and is unbounded there. The
+    authors' released code divides its limits by the other exponent once instead of twice: the same at exponent 1.
 
     Raises ``ValueError`` unless ``alpha`` and ``beta`` are finite and ``temperature`` > 0.
     """

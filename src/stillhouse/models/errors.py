@@ -52,7 +52,9 @@ def _what_to_do(error: Exception, nearby: str) -> str:
     if among(hub.RevisionNotFoundError):
         return "no such revision on the hub; check revision="
     if among(hub.RepositoryNotFoundError, hub.HFValidationError):
-        return f"no such directory, and no such hub model (or it is private: hf auth login){nearby or '; check the name'}"
+        return (
+            f"no such directory, and no such hub model (or it is private: hf auth login){nearby or '; check the name'}"
+        )
     if among(SafetensorError):
         return f"weights damaged or cut short ({one_line(error)}); download or save them again"
     if "trust_remote_code" in text:

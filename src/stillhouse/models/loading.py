@@ -239,7 +239,9 @@ def _check_safetensors(file: Path) -> None:
     except PermissionError as error:
         raise ModelError(f"{file}: no permission; allow it, for example with: chmod u+r {file}") from error
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file}: damaged or cut short ({one_line(error)}); save, copy or download it again") from error
+        raise ModelError(
+            f"{file}: damaged or cut short ({one_line(error)}); save, copy or download it again"
+        ) from error
 
 
 # Checks of what was loaded

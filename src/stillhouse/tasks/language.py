@@ -295,7 +295,7 @@ class DemoTeacher:
     window: int = 128
     batch_size: int = 4
     epochs: float = 6.0
-    lr: float = 2e-3
+    lr: float = 1e-3
     weight_decay: float = 0.1
     seed: int = 0
 
