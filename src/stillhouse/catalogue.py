@@ -16,15 +16,16 @@ from stillhouse.core.run import cache_folder
 from stillhouse.core.system import System
 from stillhouse.systems import all_systems, get_system
 
-RESULTS = Path("results/claims")
+RESULTS = Path("results/claims")  # of the current folder; verdicts shown come from the checkout otherwise
+CHECKOUT = Path(__file__).parents[2] / RESULTS
 
 EXTRAS = ("wandb", "mlflow", "trackio", "deepspeed", "peft", "trl")
 
 
-def verdict(name: str, results: Path = RESULTS) -> str | None:
+def verdict(name: str) -> str | None:
     """The committed verdict on a system's first claim, or None."""
-    file = results / f"{name}.json"
-    return read_json(file)["verdict"] if file.exists() else None
+    files = (folder / f"{name}.json" for folder in (RESULTS, CHECKOUT))
+    return next((read_json(file)["verdict"] for file in files if file.exists()), None)
 
 
 def row(system: type[System]) -> dict[str, Any]:
@@ -57,7 +58,12 @@ def describe(name: str) -> dict[str, Any]:
         }
         for f in dataclasses.fields(system)
     ]
-    return {**row(system), "doc": inspect.getdoc(system) or "", "fields": fields}
+    return {**row(system), "doc": _doc(system), "fields": fields}
+
+
+def _doc(system: type[System]) -> str:
+    doc = inspect.getdoc(system) or ""
+    return "" if doc.startswith(f"{system.__name__}(") else doc  # what a dataclass writes for itself
 
 
 def installation() -> dict[str, dict[str, Any]]:

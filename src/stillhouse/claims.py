@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from stillhouse.base.errors import ConfigError
-from stillhouse.base.facts import machine, versions
+from stillhouse.base.facts import code_fingerprint, machine, versions
 from stillhouse.base.files import read_json, write_json
 from stillhouse.base.monitor import progress_bar
 from stillhouse.catalogue import RESULTS
@@ -72,8 +72,10 @@ def check(
 ) -> list[dict[str, Any]]:
     """Run all claims of a system and write ``results/NAME.json``; returns the records.
 
-    Runs are kept under ``folder`` and gone on with after an interruption.
+    Runs are kept under ``folder``, by a fingerprint of this code, and gone on with after an interruption.
     """
+    if seeds is not None and seeds < 3:
+        raise ConfigError(f"seeds={seeds}: an interval needs at least 3 seeds")
     system = get_system(name)
     claims = system.make().claims()
     if not claims:
@@ -116,7 +118,11 @@ def _check_one(
 ) -> dict[str, Any]:
     begun = time.monotonic()
     jobs = {
-        (variant, seed): (source, {**values, "seed": seed}, folder / system.name() / f"{variant}-{seed}")
+        (variant, seed): (
+            source,
+            {**values, "seed": seed},
+            folder / f"{system.name()}-{code_fingerprint()}" / f"{variant}-{seed}",
+        )
         for variant, (source, values) in claim.variants.items()
         for seed in range(seeds)
     }

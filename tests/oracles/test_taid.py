@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillhouse import Observed, Player, Run, TokenMatch, Train, sgd
+from stillhouse.base.errors import ConfigError
 from stillhouse.core.schedule import Progress, linear
 from stillhouse.losses.divergences import ForwardKL, InterpolatedForwardKL
 from stillhouse.objectives import LanguageHead, MomentumRamp
@@ -221,7 +222,7 @@ def test_without_adaptation_it_is_the_straight_line():
 
 def test_impossible_ends_are_refused():
     for start, end in ((0.9, 0.5), (-0.1, 1.0), (0.0, 1.1)):
-        with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
+        with pytest.raises(ConfigError, match="0 <= start <= end <= 1"):
             MomentumRamp(start, end)
 
 
@@ -365,6 +366,11 @@ def test_the_system_trains_with_this(monkeypatch, adaptive):
     (value,) = objective.evaluate(*_turn(objective, batch), Progress(5, 10))
     line = 0.3 + 0.7 * (0.4 if adaptive else 0.5)  # the adaptive one lags a step, and adds to it
     assert value.extras["t"] > line + 0.01 if adaptive else value.extras["t"] == pytest.approx(line)
+
+
+def test_the_system_refuses_ends_that_cross(monkeypatch):
+    with pytest.raises(ConfigError, match=r"start=0\.9, end=0\.5"):
+        objective_of("taid", monkeypatch, t_start=0.9, t_end=0.5)
 
 
 def _turn(objective: Any, batch: Any) -> tuple[Any, Any]:

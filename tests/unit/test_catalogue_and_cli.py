@@ -160,9 +160,6 @@ def asked(monkeypatch):
     """What `run` asks the library for; nothing is run."""
     calls: list[tuple[str, dict[str, Any], str]] = []
 
-    class Done(Exception):
-        pass
-
     def run(name: str, values: Any, *, output: str, **_: Any) -> None:
         split_values(get_system(name), values)
         calls.append((name, dict(values), str(output)))
@@ -235,18 +232,23 @@ def test_recipes_are_read_strictly(tmp_path, text, message):
 
 
 def test_recipes_that_cannot_be_read(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read the recipe .*: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the recipe .*: No such file"):
         read_recipe(tmp_path / "missing.yaml")
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"not UTF-8 text \(byte 3\)"):
         read_recipe(tmp_path / "latin.yaml")
 
 
-plain = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=12)
+letters = st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"))  # YAML normalises line ends
+plain = (
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(letters, max_size=9)
+)
 relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
 
 
-@given(values=st.dictionaries(st.text(min_size=1, max_size=8), plain | st.lists(plain, max_size=3), min_size=1))
+@given(
+    values=st.dictionaries(st.text(letters, min_size=1, max_size=8), plain | st.lists(plain, max_size=3), min_size=1)
+)
 @relaxed
 def test_what_yaml_writes_recipes_read(values, tmp_path):
     values = {name: value for name, value in values.items() if name not in ("system", "output")} or {"a": 1}
@@ -333,12 +335,6 @@ def test_errors_are_one_line(capsys, own, tmp_path):
     assert "No such command 'rum'" in refused(capsys, "rum", "kd")
     assert "trackers: there is no 'tensorbord'; did you mean 'tensorboard'" in refused(
         capsys, "run", own, "trackers=tensorbord", f"output={tmp_path / 'run'}"
-    )
-
-
-def test_values_that_do_not_fit_each_other_are_one_line_too(capsys):
-    assert "t_start" in refused(
-        capsys, "run", "taid", "t_start=0.9", "t_end=0.5", "teacher=nowhere", "data=nothing.txt"
     )
 
 

@@ -193,7 +193,7 @@ def config(name: str) -> None:
     from stillhouse.cli.recipe import write_recipe
     from stillhouse.systems import get_system
 
-    print(write_recipe(get_system(name)), end="")
+    print(write_recipe(get_system(name), name), end="")
 
 
 @app.command()
@@ -312,7 +312,7 @@ def launch(
         words = [*words, f"devices={devices}", f"nodes={nodes}"]
     command = [sys.executable, "-m", "torch.distributed.run", *place, "--nproc-per-node", str(devices)]
     done = subprocess.run([*command, "-m", "stillhouse.cli.main", *words])
-    raise typer.Exit(done.returncode)
+    sys.exit(done.returncode)
 
 
 if __name__ == "__main__":

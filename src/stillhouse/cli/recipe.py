@@ -58,9 +58,9 @@ def without_defaults(cls: type[System], values: Mapping[str, Any]) -> dict[str, 
     return {name: value for name, value in values.items() if name not in defaults or defaults[name] != value}
 
 
-def write_recipe(cls: type[System]) -> str:
+def write_recipe(cls: type[System], name: str) -> str:
     """All fields of a system and of a run with defaults and help, as a YAML file that `read_recipe` takes."""
-    document = CommentedMap({"system": cls.name()})
+    document = CommentedMap({"system": name})
     start = f"{cls.meta.title}. {cls.meta.citation}".strip()
     note = "A value left at its default counts as not set: on the embedded task the demo's value applies (`show NAME`)."
     document.yaml_set_start_comment(f"{start}\n{note}")

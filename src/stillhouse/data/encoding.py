@@ -55,13 +55,13 @@ def _locate(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np
     an emoji) and blanks that offsets leave out then count once. Special tokens stand for no bytes.
     """
     called = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    located = []
+    special, located = tokenizer.all_special_ids, []
     for text, ids, offsets in zip(texts, called["input_ids"], called["offset_mapping"], strict=True):
         characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         widths = 1 + (characters >= 0x80).astype(np.int64) + (characters >= 0x800) + (characters >= 0x10000)
         ends = np.maximum.accumulate(np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
         sizes = np.diff(np.append(0, np.cumsum(widths))[ends], prepend=0)
-        sizes[np.isin(ids, tokenizer.all_special_ids)] = 0
+        sizes[np.isin(ids, special)] = 0
         located.append((np.array(ids, dtype=np.int32), ends, sizes))
     return located
 
@@ -75,12 +75,12 @@ def encode_documents(tokenizer: Tokenizer, batch: dict[str, list[str]]) -> dict[
     pieces = [piece for of_one in split for piece in of_one]
     groups = (pieces[start : start + GROUP] for start in range(0, len(pieces), GROUP))
     located = (one for group in groups for one in _locate(tokenizer, group))
-    before, after = _lead(tokenizer), [tokenizer.eos_token_id]
+    before, after = np.array(_lead(tokenizer), np.int32), np.array([tokenizer.eos_token_id], np.int32)
     rows: dict[str, list[np.ndarray]] = {"input_ids": [], "sizes": []}
     for text, of_one in zip(batch["text"], split, strict=True):
         ids, _, sizes = zip(*islice(located, len(of_one)), strict=True)
         rows["input_ids"].append(np.concatenate([before, *ids, after])[: None if text else 0])
-        rows["sizes"].append(np.concatenate([[0] * len(before), *sizes, [0]])[: None if text else 0])
+        rows["sizes"].append(np.concatenate([0 * before, *sizes, 0 * after])[: None if text else 0])
     return rows
 
 

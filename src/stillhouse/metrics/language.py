@@ -18,7 +18,6 @@ from stillhouse.core.observed import Batch, Observed, Turn
 from stillhouse.metrics.calibration import Reliability
 from stillhouse.models.causal_lm import output_head
 
-
 CHUNK_LOGITS = 2**22  # logits of one model that exist at one time
 
 

@@ -89,7 +89,7 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
     if difference:
         raise ModelError(
             f"teacher and student have different tokenizers: {difference}; use a student with the teacher's "
-            "tokenizer, or a cross-tokenizer method"
+            "tokenizer"
         )
     return real_vocab_size(teacher)
 

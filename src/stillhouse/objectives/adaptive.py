@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from stillhouse.base.errors import ConfigError
 from stillhouse.core.schedule import AdaptiveSchedule, Progress
 
 
@@ -30,7 +31,7 @@ class MomentumRamp(AdaptiveSchedule):
     ) -> None:
         super().__init__()
         if not 0 <= start <= end <= 1:
-            raise ValueError(f"need 0 <= start <= end <= 1, got start={start}, end={end}")
+            raise ConfigError(f"need 0 <= start <= end <= 1, got start={start}, end={end}")
         self.start, self.end, self.alpha, self.beta, self.eps = start, end, alpha, beta, eps
         self.register_buffer("t", torch.tensor(start, dtype=torch.float64))
         self.register_buffer("momentum", torch.zeros((), dtype=torch.float64))

@@ -59,8 +59,8 @@ class LanguageSystem(System):
     on_bad_record: Annotated[Literal["error", "skip"], "what to do with a broken record"] = "error"
     validation: Annotated[float, "share of the documents held out", Gt(0), Lt(1)] = 0.05
     window: Annotated[int, "tokens in a training sequence", Ge(8)] = 512
-    batch_size: Annotated[int, "sequences in a step", Ge(1)] = 64
-    accumulate: Annotated[int, "micro-batches a step is split into", Ge(1)] = 1
+    batch_size: Annotated[int, "sequences in a micro-batch, all processes together", Ge(1)] = 64
+    accumulate: Annotated[int, "micro-batches in an optimizer step", Ge(1)] = 1
     epochs: Annotated[float, "passes over the data", Gt(0)] = 3.0
     steps: Annotated[int | None, "optimizer steps; by default as many as the epochs need"] = None
     lr: Annotated[float, "peak learning rate of AdamW", Gt(0)] = 1e-4
@@ -138,7 +138,7 @@ class LanguageTask:
         task = LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
         if system.pretrain:
             pretrained = yield task.train("pretrain", task.cross_entropy, steps=task.steps_of(system.pretrain))
-            task.new_student = lambda: load_causal_lm(str(pretrained.path))[0]
+            task.new_student = lambda: _load_student(str(pretrained.path), system)[0]
         return task
 
     def steps_of(self, epochs: float) -> int:
@@ -278,9 +278,13 @@ def _student_builder(system: LanguageSystem, teacher: Any, tokenizer: Any) -> tu
     if (":" in spec and spec.split(":")[0] == "scale") or "=" in spec:
         config = student_from_spec(spec, teacher.config)
         return partial(new_causal_lm, config, seed=system.seed), check_same_tokenizer(tokenizer, tokenizer)
-    _, own = load_causal_lm(spec, trust_remote_code=system.trust_remote_code)
-    vocab_size = check_same_tokenizer(tokenizer, own)
-    return (lambda: load_causal_lm(spec, trust_remote_code=system.trust_remote_code)[0]), vocab_size
+    _, own = _load_student(spec, system)
+    return (lambda: _load_student(spec, system)[0]), check_same_tokenizer(tokenizer, own)
+
+
+def _load_student(name: str, system: LanguageSystem) -> tuple[Any, Any]:
+    """A student to train: in float32, whatever it was saved in; `precision` says what it computes in."""
+    return load_causal_lm(name, dtype=torch.float32, trust_remote_code=system.trust_remote_code)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Observed
@@ -43,8 +43,7 @@ class TAID(LanguageSystem):
     alpha: Annotated[float, "size of the adaptive steps of t", Ge(0)] = 5e-4
     beta: Annotated[float, "momentum of the loss's relative change", Ge(0), Lt(1)] = 0.99
     adaptive: Annotated[bool, "let the loss drive t; off: t follows the straight line"] = True
-    epochs: Annotated[float, "passes over the data"] = 5.0
-    lr: Annotated[float, "peak learning rate of AdamW"] = 1e-4
+    epochs: Annotated[float, "passes over the data", Gt(0)] = 5.0
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         task = yield from LanguageTask.prepare(self, run)
