@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from stillhouse.core.player import Player, adamw, sgd
     from stillhouse.core.run import Run
     from stillhouse.core.schedule import constant, cosine, linear, piecewise, sigmoid, step, wsd
-    from stillhouse.core.source import Batches
     from stillhouse.core.stage import Audit, Evaluate, Generate, Transform
     from stillhouse.core.system import Claim, Meta, System
     from stillhouse.core.train import Train
+    from stillhouse.data.sources import Batches
     from stillhouse.objectives import CrossEntropy, FeatureMSE, KLDivergence, LogitMatch, TokenCrossEntropy, TokenMatch
     from stillhouse.workflow import resume, run_system
 
@@ -26,7 +26,7 @@ _HOMES = {
     "stillhouse.core.player": ["Player", "adamw", "sgd"],
     "stillhouse.core.run": ["Run"],
     "stillhouse.core.schedule": ["constant", "cosine", "linear", "piecewise", "sigmoid", "step", "wsd"],
-    "stillhouse.core.source": ["Batches"],
+    "stillhouse.data.sources": ["Batches"],
     "stillhouse.core.stage": ["Audit", "Evaluate", "Generate", "Transform"],
     "stillhouse.core.system": ["Claim", "Meta", "System"],
     "stillhouse.core.train": ["Train"],

@@ -30,17 +30,18 @@ from torch import Tensor, nn
 
 import stillhouse
 from stillhouse.base.errors import StillhouseError
-from stillhouse.core.artifact import Artifact, Column, Saver, Table
+from stillhouse.base.table import Column, Table
+from stillhouse.core.artifact import Artifact, Saver
 from stillhouse.core.ema import EMA
 from stillhouse.core.objective import Objective, Term
 from stillhouse.core.observed import Observed
 from stillhouse.core.player import Player, adamw, sgd
 from stillhouse.core.run import Run
 from stillhouse.core.schedule import cosine, linear
-from stillhouse.core.source import Batches, Drawn
 from stillhouse.core.stage import Evaluate, Generate, Stage, Transform
 from stillhouse.core.system import Meta, System
 from stillhouse.core.train import Train
+from stillhouse.data.sources import Batches, Drawn
 from stillhouse.losses.divergences import InterpolatedForwardKL
 from stillhouse.objectives.adaptive import MomentumRamp
 from stillhouse.objectives.features import FeatureMSE

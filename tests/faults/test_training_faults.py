@@ -20,8 +20,8 @@ from stillhouse.core.observed import Observed
 from stillhouse.core.player import Player, sgd
 from stillhouse.core.run import Run
 from stillhouse.core.schedule import linear
-from stillhouse.core.source import Batches
 from stillhouse.core.train import Train
+from stillhouse.data.sources import Batches
 from stillhouse.objectives.adaptive import MomentumRamp
 from stillhouse.objectives.features import FeatureMSE
 from stillhouse.objectives.logits import CrossEntropy

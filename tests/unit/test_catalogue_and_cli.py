@@ -18,7 +18,7 @@ from stillhouse.base.errors import ConfigError
 from stillhouse.base.fields import field_hints
 from stillhouse.base.files import write_json
 from stillhouse.cli.main import main
-from stillhouse.cli.recipe import parse_overrides, read_recipe, without_defaults, write_recipe
+from stillhouse.cli.recipe import parse_overrides, read_recipe, without_defaults
 from stillhouse.systems import all_systems, get_system
 from stillhouse.workflow import RunOptions, split_values
 
@@ -220,6 +220,7 @@ def test_a_recipe_for_another_system(capsys, tmp_path):
         ("a: !!python/object/apply:os.system ['true']\n", "line 1: YAML tags .* are not allowed"),
         ("a: 1\nb: !!int '3'\n", "line 2: YAML tags"),
         ("1: 2\n", "the field name 1 is not text"),
+        (": 2\n", "the field name None is not text"),
         ("system: 3\n", "system=3 is not text"),
     ],
 )
@@ -361,7 +362,7 @@ def test_as_a_program():
     assert wrong.stdout == ""
 
 
-def test_recipes_name_what_they_are_for():
-    text = write_recipe(get_system("taid"))
+def test_recipes_name_what_they_are_for(capsys):
+    text = typed(capsys, "config", "taid")
     assert text.startswith("# TAID. Shing et al. (2025)")
     assert "# -- the method --" in text and "# -- the run --" in text

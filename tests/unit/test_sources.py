@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillhouse.core.source import Batches, Drawn, Repeat, Source, as_source
+from stillhouse.core.source import Repeat, Source, as_source
+from stillhouse.data.sources import Batches, Drawn
 
 
 def take(source: Any, count: int) -> list[list[int]]:

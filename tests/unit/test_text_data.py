@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import stillhouse.data.encoding as encoding
@@ -236,21 +236,20 @@ def test_windows_put_together_are_the_token_stream(tokenizer, texts, window, see
         windows = tokenize_windows(data, tokenizer, window=window, seed=seed, validation=0.2)
     except DataError:  # too short, see the tests of bad data
         return
-    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts if text]
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] if text else [] for text in texts]
+    stream = [token for index in np.random.default_rng(seed).permutation(len(texts)) for token in ids[index]]
     train, held_out = stream_of(windows.train), stream_of(windows.validation)
     assert len(train) % window == len(held_out) % window == 0
-    total = sum(map(len, ids))
-    if any(ids_of == held_out[: len(ids_of)] for ids_of in ids) and total == len(train) + len(held_out) + (
-        windows.counts.left_over
-    ):
-        assert is_made_of_whole_documents(train, ids, window)
-        assert is_made_of_whole_documents(held_out, ids, window)
-    else:  # one document was divided, which adds an EOS and may divide a token
-        assert is_part_of_text(tokenizer, train, texts)
+    assert len(train) + len(held_out) + windows.counts.left_over == len(stream)
+    if stream[: len(train)] == train:  # the end of the stream is held out
+        assert any(stream[start:][: len(held_out)] == held_out for start in range(len(train), len(stream)))
+    else:
+        assert is_made_of_whole_documents(train, ids)
+        assert is_made_of_whole_documents(held_out, ids)
 
 
-def is_made_of_whole_documents(stream: list[int], documents: list[list[int]], window: int) -> bool:
-    eos = documents[0][-1]
+def is_made_of_whole_documents(stream: list[int], documents: list[list[int]]) -> bool:
+    eos = next(document[-1] for document in documents if document)
     parts = [[]]
     for token in stream:
         parts[-1].append(token)
@@ -260,9 +259,15 @@ def is_made_of_whole_documents(stream: list[int], documents: list[list[int]], wi
     return all(part in documents for part in whole) and any(document[: len(last)] == last for document in documents)
 
 
-def is_part_of_text(tokenizer, stream: list[int], texts: list[str]) -> bool:
-    parts = tokenizer.decode(stream).split(tokenizer.eos_token)
-    return all(any(part.strip("\ufffd") in text for text in texts) for part in parts)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(1, 40), st.integers(1, 40))
+def test_enough_is_held_out_and_enough_is_left(lengths, target, least):
+    assume(sum(lengths) >= target + least)
+    documents, count = windows_module._hold_out(np.array(lengths), target, least)
+    inside = sum(np.array(lengths)[documents])
+    assert target <= count <= inside
+    assert sum(lengths) - count >= least
+    if count < inside:  # not whole documents, so the end of the stream
+        assert documents.tolist() == sorted(documents.tolist())
 
 
 def test_whole_documents_are_held_out_and_none_is_in_both(tokenizer):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
-
-import torch
 
 from stillhouse.base.files import random_state, restore_random_state
 
@@ -24,69 +22,6 @@ class Source(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Batches:
-    """Shuffled batches of a map-style data set, forever; the order depends on the seed and the epoch only.
-
-    Args:
-        data: anything with ``len`` and ``[]``. If it takes a list of indices (as `datasets.Dataset` and tensors do),
-            pass ``gather=True`` and a batch is one look-up.
-        batch_size: of the whole job; with several processes each gets its share of every batch.
-        collate: list of items (or the gathered item) to batch; by default PyTorch's.
-        shard: ``(rank, world)``; set by the engine.
-    """
-
-    def __init__(
-        self,
-        data: Any,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        gather: bool = False,
-        collate: Callable[[Any], Any] | None = None,
-    ) -> None:
-        if len(data) == 0:
-            raise ValueError("the data set is empty")
-        self.data = data
-        self.batch_size = min(batch_size, len(data))
-        self.seed = seed
-        self.shuffle = shuffle
-        self.gather = gather
-        self.collate = collate or (_same if gather else torch.utils.data.default_collate)
-        self.shard = (0, 1)
-        self.epoch = 0
-        self._position = 0
-        self._order: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        """Whole batches in one pass; the rest of a pass is left out."""
-        return len(self.data) // self.batch_size
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if self._position >= len(self):
-            self.epoch, self._position, self._order = self.epoch + 1, 0, None
-        if self._order is None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            n = len(self.data)
-            self._order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
-        start = self._position * self.batch_size
-        rank, world = self.shard
-        if self.batch_size % world:
-            raise ValueError(f"batch size {self.batch_size} does not divide among {world} processes")
-        picked: Sequence[int] = self._order[start + rank : start + self.batch_size : world].tolist()
-        self._position += 1
-        return self.collate(self.data[picked] if self.gather else [self.data[i] for i in picked])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self._position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self._position, self._order = state["epoch"], state["position"], None
 
 
 class Repeat:
@@ -128,33 +63,6 @@ class Repeat:
             for _ in range(self._taken):
                 next(self._iterator)
             restore_random_state(now)
-
-
-class Drawn:
-    """Batches made by ``draw(generator)``: noise, synthetic samples, anything random that needs no data."""
-
-    def __init__(self, draw: Callable[[torch.Generator], Any], *, seed: int = 0) -> None:
-        self.draw = draw
-        self.epoch = 0
-        self.shard = (0, 1)
-        self._seed = seed
-        self._drawn = 0
-
-    def __next__(self) -> Any:
-        rank, world = self.shard
-        seed = (self._seed * 1_000_003 + self._drawn) * world + rank
-        self._drawn += 1
-        return self.draw(torch.Generator().manual_seed(seed))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self._drawn}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._drawn = state["drawn"]
-
-
-def _same(item: Any) -> Any:
-    return item
 
 
 def as_source(data: Any) -> Source:

@@ -55,14 +55,14 @@ def _locate(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np
     an emoji) and blanks that offsets leave out then count once. Special tokens stand for no bytes.
     """
     called = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    special, located = tokenizer.all_special_ids, []
+    special, located = set(tokenizer.all_special_ids), []
     for text, ids, offsets in zip(texts, called["input_ids"], called["offset_mapping"], strict=True):
         characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         widths = 1 + (characters >= 0x80).astype(np.int64) + (characters >= 0x800) + (characters >= 0x10000)
-        ends = np.maximum.accumulate(np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
+        ends = np.maximum.accumulate(np.array(offsets, dtype=np.int32).reshape(-1, 2)[:, 1])
         sizes = np.diff(np.append(0, np.cumsum(widths))[ends], prepend=0)
-        sizes[np.isin(ids, special)] = 0
-        located.append((np.array(ids, dtype=np.int32), ends, sizes))
+        sizes[[token in special for token in ids]] = 0
+        located.append((np.array(ids, dtype=np.int32), ends, sizes.astype(np.int32)))
     return located
 
 

@@ -245,14 +245,14 @@ def _widths(teacher: _Shape) -> list[int]:
 def _deepest(config: PretrainedConfig, shape: _Shape, budget: float, least: int) -> tuple[float, _Shape] | None:
     """(parameters, shape) with as many layers as fit into the budget, by a line through two counts; None if none do.
 
-    Two counts of few layers suffice where layers are alike, or alternate with a period of up to 4.
+    Two counts of few layers suffice where layers are alike or alternate; elsewhere the line is an estimate.
     """
     first = _count(_resized(config, shape._replace(layers=least)))
     if first > budget:
         return None
     if least >= shape.layers:
         return first, shape
-    more = min(4, shape.layers - least)
+    more = min(2, shape.layers - least)
     per_layer = (_count(_resized(config, shape._replace(layers=least + more))) - first) / more
     layers = min(shape.layers, least + int((budget - first) / per_layer))
     return first + (layers - least) * per_layer, shape._replace(layers=layers)

@@ -88,8 +88,7 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
     difference = _first_difference(teacher.get_vocab(), student.get_vocab()) or _probe_difference(teacher, student)
     if difference:
         raise ModelError(
-            f"teacher and student have different tokenizers: {difference}; use a student with the teacher's "
-            "tokenizer"
+            f"teacher and student have different tokenizers: {difference}; use a student with the teacher's tokenizer"
         )
     return real_vocab_size(teacher)
 

@@ -18,16 +18,17 @@ from annotated_types import Ge, Gt, Lt
 from torch import nn
 
 from stillhouse.base.errors import ConfigError
-from stillhouse.core.artifact import Artifact, Column, Table
+from stillhouse.base.table import Column, Table
+from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Batch, Observed
 from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
 from stillhouse.core.schedule import Schedule, cosine, linear, wsd
-from stillhouse.core.source import Batches
 from stillhouse.core.stage import Context, Evaluate, Stage
 from stillhouse.core.system import System
 from stillhouse.core.train import Train
+from stillhouse.data.sources import Batches
 from stillhouse.data.text import TextData, load_text
 from stillhouse.data.windows import Windows, tokenize_windows
 from stillhouse.metrics.language import compare_causal_lms, tokens_per_second
