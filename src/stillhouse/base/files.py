@@ -8,13 +8,14 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -87,6 +88,35 @@ def room_to_write(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise _disk_error(Path(error.filename or folder), error) from error
+
+
+@contextmanager
+def locked(file: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock ``file``; if another process has it, call ``busy`` (which may raise), then wait."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            busy()
+            lock.acquire()
+    except OSError as error:
+        raise RunError(f"cannot use the folder {file.parent}: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise `RunError` if ``folder`` has fewer than ``needed`` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"{what} needs about {needed / 2**20:,.0f} MiB for checkpoints and its result, but {folder} has "
+            f"{free / 2**20:,.0f} MiB free; free some space or choose another output"
+        )
 
 
 def _disk_error(path: Path, error: Exception) -> RunError:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -230,3 +231,26 @@ class PeakMemory:
             return int(status.split("VmHWM:")[1].split()[0]) / 1024
         except (OSError, IndexError):
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class StopRequest:
+    """Notes the first Ctrl-C or SIGTERM instead of dying of it, so that a loop can save; a second one kills."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def _note(self, _number: int, _frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def __enter__(self) -> StopRequest:
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's business
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[int(number)] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

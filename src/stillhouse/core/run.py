@@ -10,20 +10,19 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from platformdirs import user_cache_path
 
 from stillhouse.base.errors import Interrupted, RunError, StillhouseError
 from stillhouse.base.facts import machine, revision, versions
 from stillhouse.base.fields import field_help, field_hints
-from stillhouse.base.files import read_json, room_to_write, seed_all, sweep, write_json
+from stillhouse.base.files import locked, read_json, room_to_write, seed_all, sweep, write_json
 from stillhouse.base.monitor import Bar, Tracker, progress_bar, start_trackers
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.engine import Engine
@@ -263,26 +262,8 @@ class Run:
 
     # -- the run's own record ---------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _locked(self, file: Path, busy: Callable[[], None]) -> Iterator[None]:
-        """Hold the lock ``file``; if another process has it, call ``busy`` and wait."""
-        if not self.main:
-            yield
-            return
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(file)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                busy()
-                lock.acquire()
-        except OSError as error:
-            raise RunError(f"cannot use the folder {file.parent}: {error}") from error
-        try:
-            yield
-        finally:
-            lock.release()
+    def _locked(self, file: Path, busy: Callable[[], None]) -> AbstractContextManager[None]:
+        return locked(file, busy) if self.main else contextlib.nullcontext()
 
     def _begin(self, work: System | Iterable[Stage], info: Mapping[str, Any]) -> None:
         if not self.main:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from stillhouse.base.errors import Interrupted, RunError
-from stillhouse.base.files import Checkpoints, random_state, restore_random_state
-from stillhouse.base.monitor import PeakMemory
+from stillhouse.base.files import Checkpoints, check_room, random_state, restore_random_state
+from stillhouse.base.monitor import PeakMemory, StopRequest
 from stillhouse.core.artifact import Saver
 from stillhouse.core.engine import (
     average_gradients,
@@ -129,7 +126,6 @@ class _Loop:
         self.figures: dict[str, float] = {}
         self.buffer: list[tuple[int, str, list[TermValue], Tensor | None]] = []
         self.shares: dict[str, dict[str, float]] = {}
-        self._stop_signal: int | None = None
 
         self.sources: dict[str, Source] = {}
         shared = None if stage.source is None else as_source(stage.source)
@@ -138,6 +134,10 @@ class _Loop:
             if chosen is None:
                 raise RunError(f"stage {stage.name!r}: player {player.name!r} has no source of batches")
             self.sources[player.name] = chosen
+        if stage.together and any(player.repeats > 1 or player.source is not None for player in players):
+            raise RunError(
+                f"stage {stage.name!r}: players that play together share one batch: no repeats, no own source"
+            )
         if len(self.sources) < len(players):
             raise RunError(f"stage {stage.name!r}: two players have the same name")
         for source in self._streams():
@@ -195,22 +195,10 @@ class _Loop:
         source.load_state_dict(before)
 
     def _check_disk(self) -> None:
-        weights = sum(
-            parameter.numel() * parameter.element_size()
-            for player in self.players
-            for parameter in self._all_parameters(player)
-        )
-        needed = 8 * weights  # weights and two moments, the old checkpoint kept until the new one is whole; the result
-        free = shutil.disk_usage(self.context.folder).free
-        if needed > free:
-            raise RunError(
-                f"stage {self.stage.name!r} needs about {needed / 2**20:,.0f} MiB for checkpoints and its result, but "
-                f"{self.context.folder} has {free / 2**20:,.0f} MiB free; free some space or choose another output"
-            )
-
-    def _all_parameters(self, player: Player) -> Iterator[nn.Parameter]:
-        for model in self._models(player):
-            yield from model.module.parameters()
+        parameters = [p for player in self.players for model in self._models(player) for p in model.module.parameters()]
+        # Weights and two moments, the old checkpoint kept until the new one is whole; then the result.
+        needed = 8 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        check_room(self.context.folder, needed, f"stage {self.stage.name!r}")
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -219,7 +207,7 @@ class _Loop:
         self._restore()
         begun = time.monotonic() - self.elapsed
         saved = time.monotonic()
-        with self._signals(), self.run_.progress(stage.name, stage.steps) as bar:
+        with StopRequest() as stop, self.run_.progress(stage.name, stage.steps) as bar:
             bar.update(self.step)
             while self.step < stage.steps and not self._patience_spent():
                 self._one_step()
@@ -230,11 +218,11 @@ class _Loop:
                     bar.update(self.step, self._log())
                 if stage.evaluate is not None and (self.step % stage.eval_every == 0 or last):
                     self._evaluate()
-                if self._checkpoint_due(saved) or self._stop_signal is not None:
+                if self._checkpoint_due(saved) or stop.received:
                     self._log()
                     self._save_checkpoint()
                     saved = time.monotonic()
-                if self._stop_signal is not None:
+                if stop.received:
                     raise Interrupted(
                         f"stopped at step {self.step} of {stage.steps}; go on: stillhouse resume {self.run_.folder}"
                     )
@@ -290,14 +278,8 @@ class _Loop:
         if stage.shares_every and self.step % stage.shares_every == 0 and len(values) > 1 and not self.sharded:
             self.shares[player.name] = gradient_shares(values, self.parameters[player.name])
         loss = total(values)
-        self.buffer.append(
-            (
-                self.step,
-                player.name,
-                [TermValue(v.name, v.value.detach(), v.weight, v.extras) for v in values],
-                None,
-            )
-        )
+        noted = [TermValue(v.name, v.value.detach(), v.weight, v.extras) for v in values]
+        self.buffer.append((self.step, player.name, noted, None))
         if self.fabric.device.type == "cpu" and not math.isfinite(loss.item()):
             self._log()
         # Players that share a turn must not leave gradients in each other's weights.
@@ -534,25 +516,6 @@ class _Loop:
             kind = self.context.save(result, saver=self.stage.save)
         self.fabric.barrier()
         return kind
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Save and stop at the end of the step when interrupted (Ctrl-C, a scheduler's SIGTERM)."""
-
-        def note(received: int, _frame: Any) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = received
-
-        before: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's business
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[int(number)] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for which, handler in before.items():
-                signal.signal(which, handler)
 
     def close(self) -> None:
         """Leave the models as plain modules: no wrapper, gradients on."""

@@ -205,7 +205,7 @@ def _hold_out(lengths: np.ndarray, target: int, least: int) -> tuple[np.ndarray,
 def _chat_windows(data: TextData, tokenizer: Tokenizer, source: str, T: int, validation: float, seed: int) -> _Splits:
     import datasets
 
-    features = {name: datasets.List(datasets.Value(dtype)) for name, dtype in CHAT_COLUMNS.items()}
+    features = {name: datasets.LargeList(datasets.Value(dtype)) for name, dtype in CHAT_COLUMNS.items()}
     examples = data.documents.map(
         partial(encode_conversations, tokenizer, data.name, T),
         batched=True,
