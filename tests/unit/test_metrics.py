@@ -101,7 +101,7 @@ def naive(model: nn.Module, reference: nn.Module, batches: list[dict[str, Tensor
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_figures_against_the_naive_computation(models, kind, chunk, monkeypatch):
     if chunk:
-        monkeypatch.setattr(language_metrics, "default_chunk_tokens", lambda *_: chunk)
+        monkeypatch.setattr(language_metrics, "CHUNK_LOGITS", chunk * VOCABULARY)
     batches = data(kind)
     found = compare_causal_lms(models, batches, vocab_size=VOCABULARY, reference="llama")
     for name, figures in found.items():

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from stillhouse.core.schedule import (
@@ -180,6 +180,8 @@ def test_piecewise_with_steps_and_jumps():
         piecewise()
 
 
+@example(steps=10, warmup=0.0, decay=1e-8, floor=0.0, shape="linear")
+@settings(max_examples=40, deadline=None)
 @given(
     steps=st.integers(10, 1000),
     warmup=st.floats(0, 0.4),

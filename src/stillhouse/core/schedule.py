@@ -184,7 +184,7 @@ class WSD(Schedule):
             return now / warmup
         if decay <= 0 or now < 1 - decay:
             return 1.0
-        return 1 - (1 - self.floor) * self.shape((now - (1 - decay)) / decay)
+        return 1 - (1 - self.floor) * self.shape(min(1.0, (now - (1 - decay)) / decay))
 
 
 def _one_minus_root(x: float) -> float:

@@ -39,6 +39,7 @@ Policy = Literal["error", "skip"]
 Records = Iterator[tuple[str, Callable[[], Any]]]
 """Where each record is, and a function that reads it; that raises ValueError if the record cannot be used."""
 
+FORMAT = "text 2"  # part of every fingerprint; change it when the same input gives other documents
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -107,7 +108,7 @@ def load_text(
         records = partial(_records_of_rows, rows, text_field, source)
     else:
         raise _missing(path, source)
-    fingerprint = _digest(str(text_field), *parts)
+    fingerprint = _digest(FORMAT, str(text_field), *parts)
     cache = _digest(fingerprint, on_bad_record, source, *map(str, files))  # notes on bad records name files
     return _collect(records, text_field, on_bad_record, name=source, fingerprint=fingerprint, cache=cache)
 

@@ -66,9 +66,10 @@ class KD(LanguageSystem):
                 metric="validation loss, nats per token",
                 method="kd",
                 baseline="sft",
-                variants={"kd": ("kd", {"baseline": False}), "sft": ("sft", {})},
+                variants={"kd": ("kd", {"epochs": 3.0, "baseline": False}), "sft": ("sft", {"epochs": 3.0})},
                 measure=lambda artifacts: artifacts["evaluation"].metrics["student/val_loss"],
                 higher_is_better=False,
+                seeds=3,
                 budget="equal steps, batches and initial weights",
             )
         ]
