@@ -26,6 +26,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,6 +34,7 @@ import psutil
 import torch
 
 MIB = 2**20
+QUIET = 0.1
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -73,25 +75,63 @@ def peak_resident(call: Callable[[], object]) -> tuple[int, str]:
     return high_water * 1024 - before, "VmHWM"
 
 
-def alternated_seconds(
-    calls: Mapping[str, Callable[[], object]], *, repeats: int, warmups: int = 1, device: str = "cpu"
-) -> dict[str, list[float]]:
-    """Wall-clock seconds of every call, in rounds through all of them, so that they share the machine's moods."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+@dataclass
+class Timing:
+    """Wall-clock seconds of every call in every round, and the share of the machine others used meanwhile."""
+
+    seconds: dict[str, list[float]]
+    others: list[float]
+
+    @property
+    def rounds(self) -> list[int]:
+        """The rounds to judge by: those on a quiet machine if there are three, otherwise all."""
+        quiet = [k for k, share in enumerate(self.others) if share <= QUIET]
+        return quiet if len(quiet) >= 3 else list(range(len(self.others)))
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name][k] for k in self.rounds)
+
+    def ratio(self, numerator: str, denominator: str) -> float:
+        """Median of the ratios within a round, which cancels what slows a whole round down."""
+        return statistics.median(self.seconds[numerator][k] / self.seconds[denominator][k] for k in self.rounds)
+
+    def summary(self) -> str:
+        quiet = sum(share <= QUIET for share in self.others)
+        return (
+            f"{len(self.others)} rounds, {quiet} of them quiet (others used at most {QUIET:.0%} of the machine), "
+            f"judged by {len(self.rounds)}"
+        )
+
+
+def time_alternated(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmups: int = 1,
+    patience: float = 0.0,
+    device: str = "cpu",
+) -> Timing:
+    """Time every call, in rounds through all of them, so that they share the machine's moods.
+
+    Before each round wait up to ``patience`` seconds for other processes to leave the machine alone: threads
+    that share cores with strangers spend their time waiting for one another.
+    """
+    timing = Timing({name: [] for name in calls}, [])
     for round_ in range(-warmups, repeats):
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and _share_of_others(_busy_now(), wait=1.0) > QUIET:
+            pass
+        before = _busy_now()
         for name, call in calls.items():
             _synchronize(device)
             start = time.perf_counter()
             call()
             _synchronize(device)
             if round_ >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Median over rounds of the ratio within a round, which cancels what slows a whole round down."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+                timing.seconds[name].append(time.perf_counter() - start)
+        if round_ >= 0:
+            timing.others.append(_share_of_others(before))
+    return timing
 
 
 def environment(*packages: str) -> dict[str, object]:
@@ -143,6 +183,20 @@ def _settle() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _busy_now() -> tuple[float, float, float]:
+    """The time, and the CPU seconds that the whole machine and this process have used."""
+    machine = psutil.cpu_times()
+    idle = machine.idle + getattr(machine, "iowait", 0.0)
+    return time.monotonic(), sum(machine[:8]) - idle, time.process_time()
+
+
+def _share_of_others(before: tuple[float, float, float], *, wait: float = 0.0) -> float:
+    """Share of the machine's cores that other processes have used since ``before``."""
+    time.sleep(wait)
+    wall, machine, own = (now - then for now, then in zip(_busy_now(), before, strict=True))
+    return max(0.0, machine - own) / (wall * (os.cpu_count() or 1))
 
 
 def _synchronize(device: str) -> None:

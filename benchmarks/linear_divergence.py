@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,20 +120,20 @@ class Problem:
         return loss.detach(), *grads
 
 
-def measure(size: Size, device: str, repeats: int) -> dict[str, object]:
+def measure(size: Size, device: str, repeats: int, patience: float) -> dict[str, object]:
     """Measure every way on one device; print the table and return the figures."""
     problem = Problem(size, device)
     ways = problem.ways(device)
     steps = {name: problem.step(way) for name, way in ways.items()}
-    seconds = _measure.alternated_seconds(steps, repeats=repeats, device=device)
+    timing = _measure.time_alternated(steps, repeats=repeats, patience=patience, device=device)
     figures: dict[str, dict[str, object]] = {}
     for name, step in steps.items():
         # A clean .grad first, so that no way profits from freeing another's.
         problem.hidden_ND.grad = problem.weight_VD.grad = None
         figures[name] = {
             "loss": ways[name]().item(),
-            "seconds": seconds[name],
-            "median_seconds": statistics.median(seconds[name]),
+            "seconds": timing.seconds[name],
+            "median_seconds": timing.median(name),
             "peak_allocated_bytes": _measure.peak_allocated(step, device),
         }
         if device == "cpu":
@@ -168,7 +167,7 @@ def measure(size: Size, device: str, repeats: int) -> dict[str, object]:
                 mine, other = (figures[name][f"peak_{kind}_bytes"] for name in (ours, theirs))
                 ratio[f"{kind}_memory"] = mine / other
         ratio |= {
-            "time": _measure.median_ratio(seconds[ours], seconds[theirs]),
+            "time": timing.ratio(ours, theirs),
             "memory_target": memory_target,
             "time_target": time_target,
             "largest_relative_difference": max(
@@ -179,7 +178,7 @@ def measure(size: Size, device: str, repeats: int) -> dict[str, object]:
             worst_memory = max(ratio["allocated_memory"], ratio.get("resident_memory", 0.0))
             ratio["met"] = worst_memory <= memory_target and ratio["time"] <= time_target
         ratios.append(ratio)
-    print()
+    print(f"{timing.summary()}\n")
     _measure.print_table(
         ["ratio", "allocated", "resident", "target", "time", "target", "difference", "met"],
         [
@@ -196,13 +195,16 @@ def measure(size: Size, device: str, repeats: int) -> dict[str, object]:
             for r in ratios
         ],
     )
-    return {"figures": figures, "ratios": ratios}
+    return {"figures": figures, "others_share_of_machine": timing.others, "ratios": ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds to wait, before each round, for a quiet machine"
+    )
     parser.add_argument("--output", type=Path, default=_measure.RESULTS / "linear_divergence.json")
     for field, default in asdict(Size()).items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default)
@@ -216,10 +218,10 @@ def main() -> None:
         "environment": _measure.environment("trl", "transformers", "liger-kernel"),
         "memory": _measure.__doc__,
     }
-    payload["cpu"] = measure(size, "cpu", arguments.repeats)
+    payload["cpu"] = measure(size, "cpu", arguments.repeats, arguments.patience)
     if torch.cuda.is_available():
         print()
-        payload["cuda"] = measure(size, "cuda", arguments.repeats)
+        payload["cuda"] = measure(size, "cuda", arguments.repeats, arguments.patience)
     else:
         print("\nno GPU here")
     _measure.write_json(arguments.output, payload)

@@ -189,6 +189,7 @@ def test_a_python_file_without_a_system(refused, tmp_path):
         (b"system: \x01\n", ["not valid YAML"]),
         ("system: kd\n# für\n".encode("latin1"), ["not UTF-8 text (byte 14)"]),
         (b"system: kd\n1: 2\n", ["the field name 1 is not text"]),
+        (b": 2\n", ["the field name None is not text"]),
         (b"lr: 0.1\n", ["which system?"]),
         (b"system: 5\n", ["system=5 is not text"]),
         (b"system: kd\noutput: [a]\n", ["output=['a'] is not text"]),
@@ -289,7 +290,7 @@ def test_students(student, needles, refused, data, models):
 def test_teacher_and_student_with_different_tokenizers(refused, data, models):
     words = ["output=x", "-q", f"teacher={models / 'teacher'}", f"data={data / 'good.txt'}", *SMALL]
     line = refused("run", "kd", *words, f"student={models / 'stranger'}")
-    assert "teacher and student have different tokenizers" in line and "cross-tokenizer" in line
+    assert "teacher and student have different tokenizers" in line and "use a student with the teacher's" in line
 
 
 # -- runs -----------------------------------------------------------------------------------------------------------

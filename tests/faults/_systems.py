@@ -33,6 +33,7 @@ from stillhouse.base.errors import StillhouseError
 from stillhouse.base.table import Column, Table
 from stillhouse.core.artifact import Artifact, Saver
 from stillhouse.core.ema import EMA
+from stillhouse.core.engine import Engine
 from stillhouse.core.objective import Objective, Term
 from stillhouse.core.observed import Observed
 from stillhouse.core.player import Player, adamw, sgd
@@ -347,6 +348,7 @@ class Job:
     command: list[str] | None = None  # of the command line, instead of a `Run`
     cache: Path | None = None
     name: str = "run"
+    place: tuple[int, int] = (0, 0)  # which of two processes this is, and their port
 
     server: ClassVar[Any] = None
 
@@ -385,7 +387,7 @@ class Job:
 
     @property
     def _words(self) -> Path:
-        return self.home / f"{self.folder.name}.stderr"
+        return self.home / f"{self.folder.name}.{self.place[0]}.stderr"
 
     @property
     def _count(self) -> Path:
@@ -444,7 +446,11 @@ def _child(job: Job, trap: Trap | None) -> None:
 
             main(job.command)
         else:
-            run = Run(job.folder, seed=job.seed, quiet=True, fresh=job.fresh)
+            rank, port = job.place
+            if port:
+                os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            engine = Engine(accelerator="cpu", devices=2 if port else 1)
+            run = Run(job.folder, seed=job.seed, engine=engine, quiet=True, fresh=job.fresh)
             run.execute(Small.make(plot=job.plot, **job.values))
     except StillhouseError as error:
         print(f"stillhouse: {error}", file=sys.stderr)

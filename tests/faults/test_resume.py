@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 
 import pytest
 from _systems import Job, Trap, checkpoints, lines, random_points
@@ -66,7 +67,7 @@ def test_the_comparison_sees_another_seed(reference, tmp_path):
 
 
 @pytest.mark.parametrize("plot", PLOTS)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_lines(plot, seed, reference, tmp_path):
     """Killed up to three times in one run; the first kill always falls inside it."""
     total = reference(plot)[1]
@@ -94,7 +95,7 @@ def test_killed_around_file_operations(plot, operation, reference, tmp_path):
     """Kills before and after calls that change the disk, spread over the whole run, each in a run of its own."""
     total = Job(tmp_path / "count", plot).count(operation)
     assert total >= 3
-    chosen = sorted(random.Random(operation).sample(range(1, total + 1), 3))
+    chosen = sorted(random.Random(operation).sample(range(1, total + 1), 3 if plot == "kd" else 2))
     for at in chosen:
         job = Job(tmp_path / str(at), plot)
         assert job.go(Trap(operation, at, "before" if at % 2 else "after")) == KILLED, job.said
@@ -274,3 +275,40 @@ def test_a_signal_from_outside(reference, tmp_path):
     assert "stopped at step 8 of 12; go on: stillhouse resume" in job.said
     go_on(job)
     weights_same(job, reference)
+
+
+# -- two processes of one run ---------------------------------------------------------------------------------------
+
+
+def in_two_processes(home, plot, trap=None):
+    """Run both to their end, the second one without the trap; the first one's job, and the exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    jobs = [Job(home, plot, place=(rank, port)) for rank in range(2)]
+    processes = [job.start(trap if not job.place[0] else None) for job in jobs]
+    for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return jobs[0], codes
+
+
+def test_two_processes_stop_together(tmp_path):
+    """A signal that only one of them got, in a step that the other may have left already."""
+    whole, codes = in_two_processes(tmp_path / "whole", "kd")
+    assert codes == [0, 0], whole.said
+    job, codes = in_two_processes(tmp_path / "job", "kd", Trap("torch.optim:AdamW.step", 6, signal=signal.SIGTERM))
+    assert codes == [2, 2], job.said
+    assert "stopped at step 8 of 12; go on: stillhouse resume" in job.said  # they look when they log
+    job, codes = in_two_processes(tmp_path / "job", "kd")
+    assert codes == [0, 0], job.said
+    found, expected = job.outcome(), whole.outcome()
+    assert [name for name in expected if name.endswith(".safetensors") and found[name] != expected[name]] == []
+
+
+def test_two_processes_ask_once(tmp_path):
+    job, codes = in_two_processes(tmp_path, "pipeline")
+    assert codes == [0, 0], job.said
+    assert len((job.folder / "asked.txt").read_text().splitlines()) == 10

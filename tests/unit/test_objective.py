@@ -347,12 +347,12 @@ def test_weights_outside_a_token_term_reach_both_of_its_losses():
             head(student), head(teacher), ForwardKL(), divergence_weight=weights[0], cross_entropy=weights[1]
         )
 
-    found = values(0.5 * (2.0 * match(0.3, 0.7)) + 3.0 * TokenCrossEntropy(head(student)), batch)
+    found = values(0.5 * (4.0 * match(0.3, 0.7)) + 3.0 * TokenCrossEntropy(head(student)), batch)
     divergence, label = (float(match(*weights)(batch)) for weights in ((1.0, 0.0), (0.0, 1.0)))
-    assert [(v.name, v.weight) for v in found] == [("ForwardKL", 0.3), ("CrossEntropy", 0.7), ("CrossEntropy_2", 3.0)]
+    assert [(v.name, v.weight) for v in found] == [("ForwardKL", 0.6), ("CrossEntropy", 1.4), ("CrossEntropy_2", 3.0)]
     assert float(found[0].value) == pytest.approx(divergence)
     assert float(found[1].value) == float(found[2].value) == pytest.approx(label)
-    assert float(total(found)) == pytest.approx(0.3 * divergence + 3.7 * label)
+    assert float(total(found)) == pytest.approx(0.6 * divergence + 4.4 * label)
 
 
 # -- gradient shares ------------------------------------------------------------------------------------------------

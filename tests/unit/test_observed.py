@@ -660,6 +660,14 @@ def test_compiled_with_inductor_models_yield_the_same():
     compiled_equals_plain("inductor")
 
 
+def test_a_compiled_model_knows_the_taps_it_was_compiled_with():
+    observed = Observed(net())
+    observed.tapped.compile([observed.tap("first").address], backend="eager")
+    torch.testing.assert_close(observed.tap("first")(x()), observed.module.first(x()))
+    with pytest.raises(ModelError, match="'middle' was not tapped when the model was compiled"):
+        observed.tap("middle")(x())
+
+
 def test_compiled_models_know_the_first_call_only():
     observed = Observed(Repeats())
     with pytest.raises(ModelError, match="first call of a tapped module only"):

@@ -354,31 +354,33 @@ def test_together_accumulates_too(train):
 
 
 def test_an_adversary_gets_the_gradient_and_keeps_its_weights(train):
-    """The generator learns through the critic; the critic's weights, and its gradients, stay its own."""
+    """The generator learns through the critic, whose weights take no gradient in that turn and are left alone."""
     generator, critic = net(0), net(1)
     critic.body = nn.Linear(3, 6)
     made, judge = Observed(generator, name="generator"), Observed(critic, name="critic")
-    before = copy.deepcopy(critic.state_dict())
-    fooled = Mean(lambda score, batch: -score, score=judge.view("fake", feed={"inputs": made.output()}).output())
-    train(Player("generator", made, fooled, optimizer=sgd(0.1)), pairs(2), steps=3)
-    assert same(critic.state_dict(), before)
-    mine, start = net(0), pairs(2)
-    (-critic(mine(start[0][0])).mean()).backward()
-    moved = mine.head.weight - 0.1 * mine.head.weight.grad
-    torch.manual_seed(0)
-    generator.load_state_dict(net(0).state_dict())
-    sided = [
-        Player("generator", made, fooled, optimizer=sgd(0.1)),
-        Player(
-            "critic",
-            judge,
-            Mean(lambda out, batch: 0 * out, out=judge.view("real", lambda b: {"inputs": b["inputs"][:, :3]}).output()),
-            optimizer=sgd(0.1),
-        ),
+    takes_gradient = []
+
+    def fool(score: Tensor, batch: Any) -> Tensor:
+        takes_gradient.append([p.requires_grad for model in (generator, critic) for p in model.parameters()])
+        return -score
+
+    def flat(out: Tensor, batch: Any) -> Tensor:
+        takes_gradient.append([p.requires_grad for model in (generator, critic) for p in model.parameters()])
+        return 0 * out
+
+    fake = judge.view("fake", feed={"inputs": made.output()})
+    real = judge.view("real", lambda batch: {"inputs": batch["inputs"][:, :3]})
+    players = [
+        Player("generator", made, Mean(fool, score=fake.output()), optimizer=sgd(0.1)),
+        Player("critic", judge, Mean(flat, out=real.output()), optimizer=sgd(0.1)),
     ]
-    train(sided, start, steps=1)
-    torch.testing.assert_close(generator.head.weight, moved)
-    assert same(critic.state_dict(), before)  # its own objective is flat, and nothing leaked
+    before, mine, data = copy.deepcopy(critic.state_dict()), net(0), pairs(1)
+    train(players, data, steps=1)
+    (-critic(mine(data[0][0])).mean()).backward()
+    torch.testing.assert_close(generator.head.weight, mine.head.weight - 0.1 * mine.head.weight.grad)
+    assert same(critic.state_dict(), before)  # its own objective is flat, and nothing leaked into it
+    assert takes_gradient == [[True] * 4 + [False] * 4, [False] * 4 + [True] * 4]
+    assert all(p.requires_grad for model in (generator, critic) for p in model.parameters())
 
 
 def test_what_playing_together_cannot_do_is_refused(train):

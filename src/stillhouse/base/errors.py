@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class StillhouseError(Exception):
@@ -40,3 +41,15 @@ def suggest(name: str, known: Iterable[str], *, most: int = 3) -> str:
         return ""
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"; known: {shown}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, short and on one line."""
+    return " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
+
+
+def near(path: Path) -> str:
+    """Names beside ``path`` that are nearly its own, as the end of a message; empty if there are none."""
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, ["demo", *beside])
+    return suggest(path.name, close) if close else ""

@@ -43,9 +43,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         kind = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{path} holds {kind}, not a mapping of fields; see `stillhouse config NAME`")
-    wrong = next((key for key in content if not isinstance(key, str)), None)
-    if wrong is not None:
-        raise ConfigError(f"{path}: the field name {wrong!r} is not text")
+    for key in content:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: the field name {key!r} is not text")
     for name in ("system", "output"):
         if not isinstance(content.get(name), str | None):
             raise ConfigError(f"{path}: {name}={content[name]!r} is not text")

@@ -221,6 +221,8 @@ class Tapped(nn.Module):
                 parameter = self.model.get_parameter(str(address.path))
                 found[address] = parameter.view_as(parameter)  # a leaf would escape DDP's search for used parameters
             elif address not in found:
+                if self.compiled is not None:
+                    raise ModelError(f"{address.path!r} was not tapped when the model was compiled; compile it again")
                 raise ModelError(f"the forward did not call {address.path!r} {address.call + 1} time(s)")
         return found
 

@@ -23,7 +23,7 @@ from stillhouse.base.errors import Interrupted, RunError, StillhouseError
 from stillhouse.base.facts import machine, revision, versions
 from stillhouse.base.fields import field_help, field_hints
 from stillhouse.base.files import locked, read_json, room_to_write, seed_all, sweep, write_json
-from stillhouse.base.monitor import Bar, Tracker, progress_bar, start_trackers
+from stillhouse.base.monitor import Bar, PeakMemory, Tracker, progress_bar, start_trackers
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.engine import Engine
 from stillhouse.core.stage import Context, Stage, artifact_of, finished, write_record
@@ -241,7 +241,7 @@ class Run:
         }
         if self.main:
             write_record(folder, record)
-        begun = time.monotonic()
+        begun, memory = time.monotonic(), PeakMemory()
         context = Context(self, folder, stage.name, seed=fingerprint or self.seed)
         kind = stage.execute(context)
         fields = {name: config[name] for name in read if name in config}
@@ -250,6 +250,7 @@ class Run:
             "fields": fields,
             "fingerprint": fingerprint or digest(stage.kind, stage.name, fields, upstream),
             "seconds": time.monotonic() - begun,
+            "peak_memory_mb": memory.mebibytes(),
             "metrics": context.results,
             "artifact": {"kind": kind, "path": "artifact"},
             **context.facts,

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from stillhouse.base.errors import Interrupted, RunError
 from stillhouse.base.files import Checkpoints, check_room, random_state, restore_random_state
-from stillhouse.base.monitor import PeakMemory, StopRequest
+from stillhouse.base.monitor import StopRequest
 from stillhouse.core.artifact import Saver
 from stillhouse.core.engine import (
     average_gradients,
@@ -119,7 +119,6 @@ class _Loop:
         self.fabric = context.run.fabric
         self.sharded = is_sharded(self.fabric)
         self.checkpoints = Checkpoints(context.folder / "checkpoints")
-        self.memory = PeakMemory()
         self.step = 0
         self.elapsed = 0.0
         self.best: dict[str, Any] = {"value": math.inf, "step": -1, "waited": 0, "state": None}
@@ -218,15 +217,25 @@ class _Loop:
                     bar.update(self.step, self._log())
                 if stage.evaluate is not None and (self.step % stage.eval_every == 0 or last):
                     self._evaluate()
-                if self._checkpoint_due(saved) or stop.received:
+                stopping = self._agreed(stop.received)
+                if self._checkpoint_due(saved) or stopping:
                     self._log()
                     self._save_checkpoint()
                     saved = time.monotonic()
-                if stop.received:
+                if stopping:
                     raise Interrupted(
                         f"stopped at step {self.step} of {stage.steps}; go on: stillhouse resume {self.run_.folder}"
                     )
             self._log()
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether to stop now: several processes do so together, and ask each other only in steps that they log."""
+        if self.fabric.world_size > 1:
+            if self.step % self.stage.log_every and self.step != self.stage.steps:
+                return False
+            votes = torch.tensor(float(stop), device=self.fabric.device)
+            stop = bool(self.fabric.all_reduce(votes, reduce_op="sum"))
+        return stop
 
     def _one_step(self) -> None:
         playing = [i for i, player in enumerate(self.players) if player.plays(self.step)]
@@ -507,7 +516,7 @@ class _Loop:
         if self.best["state"] is not None and self.stage.best:
             name = self.stage.best.removeprefix("-")
             self.context.results[name] = self.best["value"] * (-1 if self.stage.best.startswith("-") else 1)
-        self.context.facts.update(steps=self.step, peak_memory_mb=self.memory.mebibytes(), seconds=self.elapsed)
+        self.context.facts.update(steps=self.step, seconds=self.elapsed)
         kind = "model"
         if self.skeleton is not None:
             self.skeleton.load_state_dict(full(result.state_dict()), assign=True)

@@ -14,7 +14,6 @@ kind                   columns of ``TextData.documents``
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic_core import from_json
 
-from stillhouse.base.errors import DataError, suggest
+from stillhouse.base.errors import DataError, near, one_line, suggest
 from stillhouse.data.records import Kind, features, find_form, form_of, problem, text_form, to_document
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ def _collect(
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         place = datasets.config.HF_DATASETS_CACHE
-        raise _data_error(f"{name}: cannot be kept in {place} ({_reason(error.__cause__ or error)})") from error
+        raise _data_error(f"{name}: cannot be kept in {place} ({one_line(error.__cause__ or error)})") from error
     usable = found.data.column("bad").is_null().to_numpy()
     skipped = len(found) - int(usable.sum())
     examples = list(islice(filter(None, found["bad"]), 5)) if skipped else []
@@ -179,7 +178,7 @@ def _exists(path: Path, source: str) -> bool:
     try:
         return path.exists()
     except (OSError, ValueError) as error:
-        raise _data_error(f"{source[:80]}: not a usable path ({_reason(error)}); check the name") from error
+        raise _data_error(f"{source[:80]}: not a usable path ({one_line(error)}); check the name") from error
 
 
 def _missing(path: Path, source: str) -> DataError:
@@ -187,14 +186,7 @@ def _missing(path: Path, source: str) -> DataError:
         return _data_error(f"{source}: a link to a file that does not exist; put the link right")
     if not path.parent.is_dir():
         return _data_error(f"{source}: no such file or folder ({path.parent} does not exist); check the path")
-    return _data_error(f"{source}: no such file or folder{_near(path) or '; check the path'}")
-
-
-def _near(path: Path) -> str:
-    """Names beside ``path`` that are nearly its own, as the end of a message; empty if there are none."""
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, ["demo", *beside])
-    return suggest(path.name, close) if close else ""
+    return _data_error(f"{source}: no such file or folder{near(path) or '; check the path'}")
 
 
 def _files(path: Path) -> list[Path]:
@@ -230,12 +222,12 @@ def _load_hub(source: str, split: str) -> datasets.Dataset:
         return datasets.load_dataset(name, config or None, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
         problem = "no such file, folder or hub data set (or it is private: hf auth login); check the name"
-        raise _data_error(f"{source}: {problem}{_near(Path(source))}") from error
+        raise _data_error(f"{source}: {problem}{near(Path(source))}") from error
     except (ConnectionError, TimeoutError) as error:
         problem = "no such file or folder, and the hub cannot be reached; pass a local path, or go online"
-        raise _data_error(f"{source}: {problem}{_near(Path(source))}") from error
+        raise _data_error(f"{source}: {problem}{near(Path(source))}") from error
     except Exception as error:
-        raise _data_error(f"{source}: this hub data set cannot be loaded ({_reason(error)})") from error
+        raise _data_error(f"{source}: this hub data set cannot be loaded ({one_line(error)})") from error
 
 
 # Reading
@@ -310,7 +302,7 @@ def _read_parquet(path: Path, text_field: str | None) -> Records:
             for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
                 yield f"{path} row {number}", partial(_same, row)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        problem = f"not a readable Parquet file ({_reason(error)}); write or download it again"
+        problem = f"not a readable Parquet file ({one_line(error)}); write or download it again"
         raise _data_error(f"{path}: {problem}") from error
 
 
@@ -358,8 +350,3 @@ def _data_error(message: str) -> DataError:
 
 def _one_line(message: str) -> str:
     return " ".join(message.split())
-
-
-def _reason(error: BaseException) -> str:
-    """What an exception says, short and on one line."""
-    return _one_line(str(error) or type(error).__name__)[:200].rstrip(".")

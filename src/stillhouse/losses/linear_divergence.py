@@ -36,7 +36,7 @@ IGNORE_INDEX = -100
 # A chunk of logits goes through the matrix products, a block of it through the row losses. On a CPU blocks should
 # fit the caches; on an accelerator chunks need some hundred rows, so that reading and writing the weight gradient
 # hides behind the products, and blocks must outweigh the launch of a kernel.
-CHUNK_BYTES_CPU, BLOCK_BYTES_CPU = 32 * 2**20, 4 * 2**20
+CHUNK_BYTES_CPU, BLOCK_BYTES_CPU = 32 * 2**20, 8 * 2**20
 CHUNK_BYTES_ACCELERATOR, BLOCK_BYTES_ACCELERATOR = 256 * 2**20, 64 * 2**20
 
 

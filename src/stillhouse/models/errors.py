@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stillhouse.base.errors import ModelError, suggest
+from stillhouse.base.errors import ModelError, near, one_line
 
 
 @contextmanager
@@ -66,15 +65,3 @@ def _what_to_do(error: Exception, nearby: str) -> str:
     if among(ImportError):
         return f"a package is missing ({one_line(error)}); install it"
     return f"cannot be loaded ({one_line(error)}); check its files, or save or download it again"
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, short and on one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
-
-
-def near(path: Path) -> str:
-    """Directories beside ``path`` with a similar name, as the end of a message; empty if there are none."""
-    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside)
-    return suggest(path.name, close) if close else ""

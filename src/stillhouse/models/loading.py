@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stillhouse.base.errors import ModelError, suggest
-from stillhouse.models.errors import clear_errors, near, one_line
+from stillhouse.base.errors import ModelError, near, one_line, suggest
+from stillhouse.models.errors import clear_errors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

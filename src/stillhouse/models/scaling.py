@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from stillhouse.base.errors import ModelError, suggest
-from stillhouse.models.errors import one_line, quiet
+from stillhouse.base.errors import ModelError, one_line, suggest
+from stillhouse.models.errors import quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -234,10 +234,10 @@ def _search(config: PretrainedConfig, teacher: _Shape, given: dict[str, int], ra
 
 
 def _widths(teacher: _Shape) -> list[int]:
-    """Widths up to the teacher's, at least 16 of them where they can be whole heads, or halves or quarters of one."""
+    """Widths up to the teacher's, at least 12 of them where they can be whole heads, or halves or quarters of one."""
     width = teacher.hidden_size
     step = width // teacher.heads if width % teacher.heads == 0 else math.gcd(width, 32)
-    while step % 2 == 0 and width // step < 16:
+    while step % 2 == 0 and width // step < 12:
         step //= 2
     return list(range(step, width + 1, step))
 
