@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stillhouse.base.errors import ModelError, RunError
-from stillhouse.base.files import load_tree
+from stillhouse.base.files import load_tree, whole_folder
 from stillhouse.cli.main import main
 from stillhouse.core.observed import Observed
 from stillhouse.core.player import Player, sgd
@@ -236,6 +236,16 @@ def test_a_file_that_grows_too_large(tmp_path):
     job.largest_file = None
     assert job.go() == 0, job.said
     assert job.outcome() == reference.outcome()
+
+
+def test_a_full_disk_in_a_library_s_own_words(tmp_path):
+    """The Rust in tokenizers and safetensors raises errors of its own; what is no error of the disk stays what it is."""
+    with pytest.raises(RunError, match=r"could not write .*model: No space left on device \(os error 28\)"):
+        with whole_folder(tmp_path / "model"):
+            raise Exception("No space left on device (os error 28)")
+    with pytest.raises(ValueError, match="mine"), whole_folder(tmp_path / "model"):
+        raise ValueError("mine")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -132,9 +132,8 @@ class LanguageTask:
             teacher, tokenizer = yield from _demo_teacher(data, run)
         else:
             teacher, tokenizer = load_causal_lm(system.teacher, trust_remote_code=system.trust_remote_code)
-        windows = tokenize_windows(
-            data, tokenizer, window=system.window, validation=system.validation, seed=system.seed
-        )
+        # What is held out does not depend on the seed: the embedded teacher has seen none of it, whatever the seed.
+        windows = tokenize_windows(data, tokenizer, window=system.window, validation=system.validation)
         new_student, vocab_size = _student_builder(system, teacher, tokenizer)
         task = LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
         if system.pretrain:
@@ -310,7 +309,7 @@ def _demo_teacher(data: TextData, run: Run) -> Generator[Stage, Artifact, tuple[
 
     recipe = DemoTeacher()
     tokenizer = train_bpe(data.documents["text"], vocab_size=recipe.vocab_size)
-    windows = tokenize_windows(data, tokenizer, window=recipe.window, validation=0.05, seed=recipe.seed)
+    windows = tokenize_windows(data, tokenizer, window=recipe.window, validation=LanguageSystem.validation)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
