@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
@@ -33,8 +33,10 @@ class RunOptions:
     accelerator: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
     devices: Annotated[int, "processes on this machine; more than one: see `stillhouse launch`", Ge(1)] = 1
     nodes: Annotated[int, "machines", Ge(1)] = 1
-    strategy: Annotated[str, "auto, ddp, fsdp2, or a DeepSpeed strategy of Lightning Fabric"] = "auto"
-    precision: Annotated[str, "32-true, bf16-mixed, 16-mixed, bf16-true or 64-true"] = "32-true"
+    strategy: Annotated[Literal["auto", "ddp", "fsdp2"], "how processes share the work"] = "auto"
+    precision: Annotated[
+        Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"], "number format of the computation"
+    ] = "32-true"
     trackers: Annotated[list[str], "tensorboard, wandb, mlflow, trackio"] = field(
         default_factory=lambda: ["tensorboard"]
     )

@@ -239,10 +239,10 @@ def test_a_file_that_grows_too_large(tmp_path):
 
 
 def test_a_full_disk_in_a_library_s_own_words(tmp_path):
-    """The Rust in tokenizers and safetensors raises errors of its own; what is no error of the disk stays what it is."""
-    with pytest.raises(RunError, match=r"could not write .*model: No space left on device \(os error 28\)"):
-        with whole_folder(tmp_path / "model"):
-            raise Exception("No space left on device (os error 28)")
+    """The Rust in tokenizers and safetensors raises errors of its own; what is no error of the disk stays as it is."""
+    said = r"could not write .*model: No space left on device \(os error 28\)"
+    with pytest.raises(RunError, match=said), whole_folder(tmp_path / "model"):
+        raise Exception("No space left on device (os error 28)")
     with pytest.raises(ValueError, match="mine"), whole_folder(tmp_path / "model"):
         raise ValueError("mine")
     assert list(tmp_path.iterdir()) == []

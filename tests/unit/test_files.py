@@ -212,6 +212,13 @@ def test_views_of_one_storage(tmp_path):
     assert same(tree, load_tree(tmp_path / "tree"))
 
 
+def test_parts_of_one_storage(tmp_path):
+    base = torch.arange(12.0)
+    tree = {"left": base[:6], "right": base[6:], "overlapping": base[3:9], "even": base[::2]}
+    save_tree(tmp_path / "tree", tree)
+    assert same(tree, load_tree(tmp_path / "tree"))
+
+
 def test_a_part_does_not_bring_the_whole_with_it(tmp_path):
     save_tree(tmp_path / "tree", {"part": torch.zeros(1_000_000)[:10]})
     assert (tmp_path / "tree" / "state.safetensors").stat().st_size < 1000

@@ -701,7 +701,7 @@ def test_the_example_of_the_design_page_trains(train):
 
 
 def test_measuring_widths_is_no_training(train):
-    """The first batch, which tells a projection its width, counts once: for statistics and for what watches the loss."""
+    """The first batch, which tells a projection its width, counts once: for statistics and adaptive schedules."""
     reads = []
 
     def ends(project: Any) -> tuple[dict[str, Tensor], list[float]]:

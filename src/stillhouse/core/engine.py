@@ -37,7 +37,7 @@ class Engine:
     accelerator: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
     devices: Annotated[int, "processes on this machine; start several with `stillhouse launch`"] = 1
     nodes: Annotated[int, "machines"] = 1
-    strategy: Annotated[str, "auto, ddp, fsdp2, or a DeepSpeed strategy name of Lightning Fabric"] = "auto"
+    strategy: Annotated[Literal["auto", "ddp", "fsdp2"], "how processes share the work"] = "auto"
     precision: Annotated[
         Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"],
         "number format of the computation",
