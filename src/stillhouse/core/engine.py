@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -32,16 +32,13 @@ def shard_blocks(module: nn.Module, mesh: Any) -> nn.Module:
 
 @dataclass(kw_only=True)
 class Engine:
-    """Where and how a run computes."""
+    """Where and how a run computes: devices on each of so many nodes, and how their processes share the work."""
 
-    accelerator: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
-    devices: Annotated[int, "processes on this machine; start several with `stillhouse launch`"] = 1
-    nodes: Annotated[int, "machines"] = 1
-    strategy: Annotated[Literal["auto", "ddp", "fsdp2"], "how processes share the work"] = "auto"
-    precision: Annotated[
-        Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"],
-        "number format of the computation",
-    ] = "32-true"
+    accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
     shard: Callable[[nn.Module, Any], nn.Module] = shard_blocks
 
     def fabric(self) -> Fabric:
