@@ -43,7 +43,7 @@ def judge(method: Sequence[float], baseline: Sequence[float], *, higher_is_bette
     """Verdict from paired values by seed: *shown* if the interval lies above zero, *contradicted* if below."""
     sign = 1.0 if higher_is_better else -1.0
     effects = sign * (np.asarray(method, float) - np.asarray(baseline, float))
-    if not np.isfinite(effects).all():
+    if len(effects) < 2 or not np.isfinite(effects).all():
         return Verdict(math.nan, math.nan, math.nan, "not shown")
     if np.ptp(effects) == 0:
         low = high = float(effects[0])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
-from stillhouse.base.errors import ConfigError, RunError, suggest
+from stillhouse.base.errors import ConfigError, RunError, StillhouseError, suggest
 from stillhouse.base.fields import check_fields, field_hints
 from stillhouse.base.files import read_json
 from stillhouse.core.artifact import Artifact
@@ -91,11 +92,15 @@ def run_system(
     info = {"options": {**dataclasses.asdict(options), "output": str(output)}, "source": name}
     try:
         artifacts = run.execute(system, info=info)
-    finally:
-        report = run.folder / "report.html"
-        if run.main and (run.folder / "run.json").exists():
-            _cards(run.folder, system)
-            report = write_report(run.folder)
+    except BaseException:
+        if run.record:  # it had begun: what there is so far can be looked at
+            with contextlib.suppress(StillhouseError):
+                write_report(run.folder)
+        raise
+    report = run.folder / "report.html"
+    if run.main:
+        _cards(run.folder, system)
+        report = write_report(run.folder)
     return Finished(run.folder, artifacts, report)
 
 

@@ -145,7 +145,9 @@ def _encode(tree: Any, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], s
         key = (local.data_ptr(), local.dtype, tuple(local.shape), local.stride())
         if local.numel() == 0 or key not in seen:
             seen[key] = str(len(tensors))
-            whole = local.numel() * local.element_size() == local.untyped_storage().nbytes()
+            storage = ("storage", local.untyped_storage().data_ptr())
+            whole = local.numel() * local.element_size() == local.untyped_storage().nbytes() and storage not in seen
+            seen[storage] = ""
             tensors[seen[key]] = local.cpu().contiguous() if whole else local.cpu().contiguous().clone()
         return {"tensor": seen[key]}
     if isinstance(tree, dict):

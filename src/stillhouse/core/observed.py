@@ -149,6 +149,7 @@ class Tapped(nn.Module):
         self.compiled: Callable[..., Any] | None = None
         self.plan: tuple[Address, ...] = ()
         self._captured: dict[Address, Any] = {}
+        self._built_in: list[RemovableHandle] = []
 
     def compile(self, addresses: Iterable[Address], **options: Any) -> None:
         """Compile the model with hooks for ``addresses`` built in; from then on forwards never stop early."""
@@ -156,10 +157,16 @@ class Tapped(nn.Module):
             if address.kind in ("module", "input"):
                 if address.call:
                     raise ModelError("torch.compile works with the first call of a tapped module only")
-                self._hook(address, functools.partial(self._captured.__setitem__, address))
+                self._built_in.append(self._hook(address, functools.partial(self._captured.__setitem__, address)))
         # Code compiled for another model of this class, with other hooks, must not be taken for this one.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         self.compiled = torch.compile(self.model, **options)
+
+    def uncompile(self) -> None:
+        """Go back to plain forwards, with no hook left behind."""
+        while self._built_in:
+            self._built_in.pop().remove()
+        self.compiled = None
 
     def _hook(self, address: Address, keep: Callable[[Any], None]) -> RemovableHandle:
         module = self.model.get_submodule(str(address.path))

@@ -83,10 +83,10 @@ class Player:
     source: Any = None
 
     def __post_init__(self) -> None:
-        self.models = [self.models] if isinstance(self.models, Observed) else list(self.models)
+        self.trained = [self.models] if isinstance(self.models, Observed) else list(self.models)
         if self.every < 1 or self.repeats < 1:
             raise ConfigError(f"player {self.name!r}: every and repeats must be at least 1")
-        for model in self.models:
+        for model in self.trained:
             if model.frozen:
                 raise ConfigError(f"player {self.name!r} trains {model.name}, which was observed with frozen=True")
             if self.trainable is not None:
@@ -96,8 +96,7 @@ class Player:
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything it trains: of its models, then of its objective; each parameter once."""
-        assert not isinstance(self.models, Observed)
-        modules = [*(model.module for model in self.models), self.objective]
+        modules = [*(model.module for model in self.trained), self.objective]
         found = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
         return list(found.values())
 

@@ -187,16 +187,12 @@ class WSD(Schedule):
         return 1 - (1 - self.floor) * self.shape(min(1.0, (now - (1 - decay)) / decay))
 
 
-def _one_minus_root(x: float) -> float:
-    return math.sqrt(x)
-
-
 def wsd(*, warmup: float = 0.1, decay: float = 0.1, floor: float = 0.0, shape: str = "linear") -> Schedule:
     """Warm-up, stable, decay (Hu et al., 2024, MiniCPM): 0 to 1, flat, then down to ``floor``.
 
     ``shape`` of the decay: ``linear``, ``cosine`` or ``1-sqrt`` (Haegele et al., 2024).
     """
-    shapes = {"linear": _straight, "cosine": _half_cosine, "1-sqrt": _one_minus_root}
+    shapes = {"linear": _straight, "cosine": _half_cosine, "1-sqrt": math.sqrt}
     if shape not in shapes:
         raise ValueError(f"wsd has no decay shape {shape!r}; known: {', '.join(shapes)}")
     return WSD(warmup, decay, floor, shapes[shape])

@@ -28,7 +28,7 @@ from stillhouse.core.engine import (
     whole,
 )
 from stillhouse.core.objective import TermValue, gradient_shares, total
-from stillhouse.core.observed import Observed, Turn, as_batch
+from stillhouse.core.observed import Observed, Turn, as_batch, with_feeds
 from stillhouse.core.player import Player
 from stillhouse.core.schedule import Progress
 from stillhouse.core.source import Source, as_source
@@ -118,12 +118,15 @@ class _Loop:
         self.run_ = context.run
         self.fabric = context.run.fabric
         self.sharded = is_sharded(self.fabric)
+        plain = not self.sharded and self.run_.engine.precision in ("32-true", "64-true")
+        self.shares_every = stage.shares_every if plain else 0  # one backward a term: wrappers allow only the whole
         self.checkpoints = Checkpoints(context.folder / "checkpoints")
         self.step = 0
         self.elapsed = 0.0
         self.best: dict[str, Any] = {"value": math.inf, "step": -1, "waited": 0, "state": None}
         self.figures: dict[str, float] = {}
-        self.buffer: list[tuple[int, str, list[TermValue], Tensor | None]] = []
+        self.buffer: list[tuple[int, str, list[TermValue]]] = []
+        self.norms: dict[str, list[Tensor]] = {}
         self.shares: dict[str, dict[str, float]] = {}
 
         self.sources: dict[str, Source] = {}
@@ -149,20 +152,16 @@ class _Loop:
     def _streams(self) -> list[Source]:
         return list({id(source): source for source in self.sources.values()}.values())
 
-    def _models(self, player: Player) -> list[Observed]:
-        assert not isinstance(player.models, Observed)
-        return list(player.models)
-
     def _set_up(self) -> None:
         fabric = self.fabric
-        trained = self.trained = {id(m.module): m for player in self.players for m in self._models(player)}
+        trained = self.trained = {id(m.module): m for player in self.players for m in player.trained}
         heard = {id(m.module): m for player in self.players for m in player.objective.observed()}
         self.tapped = [model.tapped for model in {**heard, **trained}.values()]
         self._check_disk()
         self.skeleton = copy.deepcopy(self._result()).to("meta") if self.sharded else None
         if self.stage.compile:
             options = self.stage.compile if isinstance(self.stage.compile, Mapping) else {}
-            signals = [signal for player in self.players for signal in player.objective.signals()]
+            signals = list(with_feeds(signal for player in self.players for signal in player.objective.signals()))
             for key, model in trained.items():
                 addresses = {s.address for s in signals if id(s.observed.module) == key}
                 model.tapped.compile(addresses, **options)
@@ -194,7 +193,7 @@ class _Loop:
         source.load_state_dict(before)
 
     def _check_disk(self) -> None:
-        parameters = [p for player in self.players for model in self._models(player) for p in model.module.parameters()]
+        parameters = [p for player in self.players for model in player.trained for p in model.module.parameters()]
         # Weights and two moments, the old checkpoint kept until the new one is whole; then the result.
         needed = 8 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         check_room(self.context.folder, needed, f"stage {self.stage.name!r}")
@@ -208,7 +207,8 @@ class _Loop:
         saved = time.monotonic()
         with StopRequest() as stop, self.run_.progress(stage.name, stage.steps) as bar:
             bar.update(self.step)
-            while self.step < stage.steps and not self._patience_spent():
+            patience = math.inf if stage.patience is None else stage.patience
+            while self.step < stage.steps and self.best["waited"] < patience:
                 self._one_step()
                 self.step += 1
                 self.elapsed = time.monotonic() - begun
@@ -256,7 +256,8 @@ class _Loop:
 
     def _draw(self, player: Player) -> list[Any]:
         source = self.sources[player.name]
-        return [as_batch(self.fabric.to_device(next(source))) for _ in range(self.stage.accumulate)]
+        convert = self.fabric.strategy.precision.convert_input
+        return [as_batch(convert(self.fabric.to_device(next(source)))) for _ in range(self.stage.accumulate)]
 
     def _turn(self, playing: Sequence[int], batches: list[Any] | None = None) -> None:
         """Objective, backward and step for the players of this turn, which read the same forwards."""
@@ -284,11 +285,11 @@ class _Loop:
         with self.fabric.autocast():
             values = player.objective.evaluate(turn, batch, progress)
         stage = self.stage
-        if stage.shares_every and self.step % stage.shares_every == 0 and len(values) > 1 and not self.sharded:
+        if self.shares_every and self.step % self.shares_every == 0 and len(values) > 1:
             self.shares[player.name] = gradient_shares(values, self.parameters[player.name])
         loss = total(values)
         noted = [TermValue(v.name, v.value.detach(), v.weight, v.extras) for v in values]
-        self.buffer.append((self.step, player.name, noted, None))
+        self.buffer.append((self.step, player.name, noted))
         if self.fabric.device.type == "cpu" and not math.isfinite(loss.item()):
             self._log()
         # Players that share a turn must not leave gradients in each other's weights.
@@ -298,15 +299,12 @@ class _Loop:
 
     def _update(self, index: int, progress: Progress) -> None:
         player, optimizer = self.players[index], self.optimizers[index]
-        parameters = self.parameters[player.name]
         average_gradients(self.fabric, list(player.objective.parameters()))
         for group, rate in zip(optimizer.param_groups, self.rates[index], strict=True):
             group["lr"] = rate * player.lr(progress)
         if player.clip is not None:
             self.fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
-            norm = clip_gradients(parameters, player.clip)
-            step, name, values, _ = self.buffer[-1]
-            self.buffer[-1] = (step, name, values, norm)
+            self.norms.setdefault(player.name, []).append(clip_gradients(self.parameters[player.name], player.clip))
         optimizer.step()
         if player.ema is not None:
             player.ema.update(progress)
@@ -314,7 +312,7 @@ class _Loop:
     @contextmanager
     def _live(self, players: Sequence[Player]) -> Iterator[list[nn.Module]]:
         """Route the players' models through their wrappers, and switch off gradients of the others' weights."""
-        mine = {id(m.module): m for player in players for m in self._models(player)}
+        mine = {id(m.module): m for player in players for m in player.trained}
         mine_parameters = {id(p) for player in players for p in self.parameters[player.name]}
         theirs = [p for ps in self.parameters.values() for p in ps if id(p) not in mine_parameters]
         try:
@@ -342,18 +340,18 @@ class _Loop:
             if not rows:
                 continue
             found: dict[str, list[tuple[float, float]]] = {}  # a term may be left out of steps where it weighs nothing
-            for value in (value for _, _, values, _ in rows for value in values):
+            for value in (value for *_, values in rows for value in values):
                 found.setdefault(value.name, []).append((numbers[id(value)], value.weight))
             terms = {
                 name: {"value": sum(x for x, _ in pairs) / len(pairs), "weight": sum(w for _, w in pairs) / len(rows)}
                 for name, pairs in found.items()
             }
-            norms = [float(norm) for *_, norm in rows if norm is not None]
+            norms = [float(norm) for norm in self.norms.pop(player.name, [])]
             record: dict[str, Any] = {
                 "step": self.step,
                 "kind": "train",
                 "player": player.name,
-                "loss": sum(term["weight"] * term["value"] for term in terms.values()),
+                "loss": sum(value.weight * numbers[id(value)] for *_, values in rows for value in values) / len(rows),
                 "terms": terms,
                 "lr": optimizer.param_groups[0]["lr"],
                 "seconds": self.elapsed,
@@ -374,7 +372,7 @@ class _Loop:
 
     def _numbers(self) -> dict[int, float]:
         """The buffered values as numbers, by the identity of their `TermValue`; the first bad one is an error."""
-        values = [(step, player, value) for step, player, row, _ in self.buffer for value in row]
+        values = [(step, player, value) for step, player, row in self.buffer for value in row]
         if not values:
             return {}
         stacked = torch.stack([value.value.float() for *_, value in values])
@@ -398,7 +396,8 @@ class _Loop:
         """Evaluate in eval mode, leaving the random state as it was: how often one looks must not change the run."""
         assert self.stage.evaluate is not None
         state = random_state()
-        with self._looking([model.module for model in self.trained.values()]):
+        looked_at = [*(model.module for model in self.trained.values()), *(player.objective for player in self.players)]
+        with self._looking(looked_at):
             self.figures = {name: float(value) for name, value in self.stage.evaluate().items()}
         restore_random_state(state)
         self.context.metrics.append({"step": self.step, "kind": "eval", "metrics": self.figures})
@@ -424,9 +423,6 @@ class _Loop:
             yield
         for part, mode in modes.items():
             part.training = mode
-
-    def _patience_spent(self) -> bool:
-        return self.stage.patience is not None and self.best["waited"] >= self.stage.patience
 
     # -- saving and going on ----------------------------------------------------------------------------------------
 
@@ -502,7 +498,7 @@ class _Loop:
         first = self.players[0]
         if self.stage.result is not None:
             return self.stage.result
-        return first.ema.module if first.ema is not None else self._models(first)[0].module
+        return first.ema.module if first.ema is not None else first.trained[0].module
 
     def finish(self) -> str:
         """Put the result together and save it."""
@@ -529,6 +525,7 @@ class _Loop:
     def close(self) -> None:
         """Leave the models as plain modules: no wrapper, gradients on."""
         for player in self.players:
-            for model in self._models(player):
+            for model in player.trained:
                 model.engine = model.tapped
+                model.tapped.uncompile()
                 model.module.eval()

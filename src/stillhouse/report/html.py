@@ -140,7 +140,9 @@ def _state(run: RunRecord) -> dict[str, str]:
         }
     if run.status == "done":
         return {}
-    line = "It may still be going, or it may have been stopped; the page shows what was on disk."
+    line = "It may still be going, or it may have been killed; the page shows what was on disk."
+    if run.status == "stopped":
+        line = f"It was stopped and saved; go on with: stillhouse resume {run.path}"
     steps = [number(lines[-1].get("step")) for lines in stopped.train.values()] if stopped else []
     if steps:
         line += f" The last line logged there is of step {compact(max(steps))}."

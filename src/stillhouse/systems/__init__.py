@@ -49,9 +49,10 @@ def _system_in(module: types.ModuleType) -> type[System]:
 def _load_file(path: Path) -> types.ModuleType:
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"stillhouse.systems.from_file.{path.stem}"  # never the name of a real module
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module

@@ -63,7 +63,7 @@ class LanguageSystem(System):
     batch_size: Annotated[int, "sequences in a micro-batch, all processes together", Ge(1)] = 64
     accumulate: Annotated[int, "micro-batches in an optimizer step", Ge(1)] = 1
     epochs: Annotated[float, "passes over the data", Gt(0)] = 3.0
-    steps: Annotated[int | None, "optimizer steps; by default as many as the epochs need"] = None
+    steps: Annotated[int | None, "optimizer steps; by default as many as the epochs need", Ge(1)] = None
     lr: Annotated[float, "peak learning rate of AdamW", Gt(0)] = 1e-4
     lr_schedule: Annotated[Literal["cosine", "linear", "wsd", "constant"], "course of the learning rate"] = "cosine"
     warmup: Annotated[float, "share of the steps over which the learning rate rises", Ge(0), Lt(1)] = 0.0
