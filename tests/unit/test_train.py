@@ -782,12 +782,19 @@ def test_mixed_precision(train):
     close(mixed.weights, full.weights, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_shares_in_another_precision(train, precision):
-    data = [(x.double(), y) for x, y in pairs(2)] if precision == "64-true" else pairs(2)
-    done = train(kd(net(0), net(1)), data, steps=2, log_every=1, engine=Engine(accelerator="cpu", precision=precision))
+def test_shares_in_double_precision(train):
+    data = [(x.double(), y) for x, y in pairs(2)]
+    done = train(kd(net(0), net(1)), data, steps=2, log_every=1, engine=Engine(accelerator="cpu", precision="64-true"))
     for line in done.lines:
         assert sum(term["share"] for term in line["terms"].values()) == pytest.approx(1.0)
+
+
+def test_mixed_precision_trains_several_terms_without_shares(train):
+    """Fabric's wrapper lets only whole losses through a backward, so there are no shares to show."""
+    engine = Engine(accelerator="cpu", precision="bf16-mixed")
+    done = train(kd(net(0), net(1)), pairs(2), steps=2, log_every=1, engine=engine)
+    assert all(math.isfinite(line["loss"]) and len(line["terms"]) > 1 for line in done.lines)
+    assert not any("share" in term for line in done.lines for term in line["terms"].values())
 
 
 def test_true_half_precision(train):
@@ -813,7 +820,7 @@ def feeding(student: nn.Module, reader: nn.Module) -> Player:
 def distilling(student: nn.Module, teacher: nn.Module) -> Player:
     """Logits and a tap of the same model."""
     player = kd(student, teacher, optimizer=sgd(0.1))
-    (observed,) = player.models  # type: ignore[misc]
+    (observed,) = player.trained
     player.objective = player.objective + FeatureMSE(observed.tap("body"), observed.tap("drop", of="input"))
     return player
 
