@@ -94,6 +94,7 @@ def test_systems_by_axis(capsys):
 
 def test_verdicts_are_those_of_the_results(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(catalogue, "CHECKOUT", tmp_path / "nowhere")
     assert all(row["verdict"] is None for row in typed(capsys, "systems", "--json"))
     write_json(Path("results/claims/kd.json"), {"verdict": "contradicted"})
     assert {row["name"]: row["verdict"] for row in typed(capsys, "systems", "--json")}["kd"] == "contradicted"
