@@ -87,7 +87,7 @@ def main() -> None:
         times["hand"].append(seconds)
         seconds, mine = ours(data, arguments.steps)
         times["ours"].append(seconds)
-    gap = max(float((a - b).abs().max()) for a, b in zip(theirs.parameters(), mine.parameters(), strict=True))
+    gap = max(float((a - b).detach().abs().max()) for a, b in zip(theirs.parameters(), mine.parameters(), strict=True))
     step = {name: 1000 * statistics.median(values) / arguments.steps for name, values in times.items()}
     ratio = statistics.median(o / h for o, h in zip(times["ours"], times["hand"], strict=True))
     print_table(

@@ -122,11 +122,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     """Clip the norm of all gradients together, sharded or not; returns the norm before clipping."""
-    kinds: list[list[nn.Parameter]] = [
-        [p for p in parameters if isinstance(p, DTensor)],
-        [p for p in parameters if not isinstance(p, DTensor)],
-    ]
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    if not sharded:
+        return torch.nn.utils.clip_grad_norm_(parameters, most)
+    kinds = [kind for kind in (sharded, [p for p in parameters if not isinstance(p, DTensor)]) if kind]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
     norm = torch.linalg.vector_norm(torch.stack([full(norm) for norm in norms]))
     for kind in kinds:
         torch.nn.utils.clip_grads_with_norm_(kind, most, norm)
@@ -146,9 +146,9 @@ def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.reshard()
 
 
-def average_gradients(fabric: Fabric, parameters: list[nn.Parameter]) -> None:
-    """Average the gradients of parameters that no wrapper synchronises: those of objectives."""
+def average_gradients(fabric: Fabric, module: nn.Module) -> None:
+    """Average the gradients of parameters that no wrapper synchronises: those of an objective."""
     if fabric.world_size > 1:
-        for parameter in parameters:
+        for parameter in module.parameters():
             if parameter.grad is not None:
                 parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")

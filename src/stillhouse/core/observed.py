@@ -129,7 +129,7 @@ class Signal:
 
 def _detached(value: Any) -> Any:
     """A tensor, or a structure of tensors, without gradient."""
-    return tree_map_only(Tensor, Tensor.detach, value)
+    return value.detach() if isinstance(value, Tensor) else tree_map_only(Tensor, Tensor.detach, value)
 
 
 class _Stop(Exception):

@@ -299,7 +299,7 @@ class _Loop:
 
     def _update(self, index: int, progress: Progress) -> None:
         player, optimizer = self.players[index], self.optimizers[index]
-        average_gradients(self.fabric, list(player.objective.parameters()))
+        average_gradients(self.fabric, player.objective)
         for group, rate in zip(optimizer.param_groups, self.rates[index], strict=True):
             group["lr"] = rate * player.lr(progress)
         if player.clip is not None:

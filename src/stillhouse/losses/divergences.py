@@ -379,8 +379,8 @@ def reduce(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if weight is None:
-        weight = torch.ones_like(loss_N, requires_grad=False)
-    elif weight.shape != loss_N.shape:
+        return loss_N if reduction == "none" else loss_N.sum() if reduction == "sum" else loss_N.mean()
+    if weight.shape != loss_N.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, the losses {tuple(loss_N.shape)}")
     weight_N = weight.to(loss_N.dtype)
     weighted_N = weight_N * loss_N.where(weight_N != 0, 0)

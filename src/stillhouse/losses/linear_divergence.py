@@ -441,7 +441,10 @@ def _row_losses_(
         grads.append(grad_RV if len(learning) == 1 else grad_RV.mul_(scale_R.unsqueeze(-1)))
     if grads:
         grad_RV = functools.reduce(Tensor.add_, grads)
-        z_RV.copy_(grad_RV if cap_slope_RV is None else grad_RV.mul_(cap_slope_RV))
+        if cap_slope_RV is not None:
+            grad_RV.mul_(cap_slope_RV)
+        if grad_RV.data_ptr() != z_RV.data_ptr():
+            z_RV.copy_(grad_RV)
 
 
 def _norm(term: _Term, reduction: _Reduction) -> Tensor:
