@@ -151,8 +151,8 @@ def test_names_and_values(words, needles, refused):
         ("devices=2", ["devices=2 needs 2 processes", "stillhouse launch --devices 2"]),
         ("trackers=tensorbord", ["trackers: there is no 'tensorbord'", "did you mean 'tensorboard'?"]),
         ("accelerator=gpx", ["cannot start the engine", "gpx"]),
-        ("precision=8", ["cannot start the engine", "8"]),
-        ("strategy=dpp", ["cannot start the engine", "dpp"]),
+        ("precision=8", ["precision='8' is not allowed", "'bf16-mixed'"]),
+        ("strategy=dpp", ["strategy='dpp' is not allowed", "'ddp' | 'fsdp2'"]),
     ],
 )
 def test_options_of_the_run(word, needles, refused):

@@ -86,7 +86,7 @@ def save_all(*players: Player) -> Saver:
         save_model(model, str(folder / "model.safetensors"))
         state = {"random": torch.get_rng_state(), "python": torch.tensor(random.getstate()[1])}
         for player in players:
-            parts: list[nn.Module] = [player.objective, *(m.module for m in player.models)]
+            parts: list[nn.Module] = [player.objective, *(m.module for m in player.trained)]
             parts += [player.ema.module] if player.ema else []
             for index, part in enumerate(parts):
                 state |= {f"{player.name}.{index}.{name}": t.clone() for name, t in part.state_dict().items()}

@@ -379,7 +379,8 @@ def reduce(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if weight is None:
-        return loss_N if reduction == "none" else loss_N.sum() if reduction == "sum" else loss_N.mean()
+        total = loss_N if reduction == "none" else loss_N.sum()
+        return total / max(1, loss_N.numel()) if reduction == "mean" else total
     if weight.shape != loss_N.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, the losses {tuple(loss_N.shape)}")
     weight_N = weight.to(loss_N.dtype)
