@@ -637,7 +637,7 @@ def test_peak_memory_does_not_grow_with_the_tokens(divergence, monkeypatch):
 
 
 def test_default_chunks():
-    assert default_tokens(50_000, torch.device("cpu")) == (167, 41)
+    assert default_tokens(50_000, torch.device("cpu")) == (251, 83)
     assert default_tokens(10**8, torch.device("cpu")) == (1, 1)
     assert min(default_tokens(50_000, torch.device("cuda"))) > 300
 

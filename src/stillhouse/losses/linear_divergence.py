@@ -33,10 +33,11 @@ from stillhouse.losses.divergences import (
 _Reduction = Literal["mean", "sum"]
 
 IGNORE_INDEX = -100
-# A chunk of logits goes through the matrix products, a block of it through the row losses. On a CPU blocks should
-# fit the caches; on an accelerator chunks need some hundred rows, so that reading and writing the weight gradient
-# hides behind the products, and blocks must outweigh the launch of a kernel.
-CHUNK_BYTES_CPU, BLOCK_BYTES_CPU = 32 * 2**20, 8 * 2**20
+# A chunk of logits goes through the matrix products, a block of it through the row losses. Chunks need some hundred
+# rows, so that the products run at full speed and hide the reading and writing of the weight gradient. Blocks keep
+# small what the row losses compute on the way; much smaller ones than these pay for starting threads or kernels,
+# dearly so on a CPU whose cores are shared.
+CHUNK_BYTES_CPU, BLOCK_BYTES_CPU = 48 * 2**20, 16 * 2**20
 CHUNK_BYTES_ACCELERATOR, BLOCK_BYTES_ACCELERATOR = 256 * 2**20, 64 * 2**20
 
 
@@ -93,7 +94,7 @@ def linear_divergence(
     - ``weight_N``: token weights or mask (bool or real). ``label_weight_N`` is the same for the labels and
       defaults to ``weight_N``. Tokens that count in neither are gathered out first and cost nothing.
     - ``vocab_size``: cut both models to the real vocabulary; by default to the smaller of the two.
-    - ``chunk_tokens``: tokens per chunk; by default logits of 32 MiB on a CPU and 256 MiB elsewhere.
+    - ``chunk_tokens``: tokens per chunk; by default logits of 48 MiB on a CPU and 256 MiB elsewhere.
     - ``reduction``: "mean" divides each term by the sum of its weights (0 if all are 0), "sum" does not.
 
     Under autocast the matrix products run in its dtype and the rest in float32. The gradient of a
@@ -392,7 +393,6 @@ def _run(
     for chunk in chunks:
         z_CV = head.logits(hidden_ND[chunk], memory_CV[: chunk.stop - chunk.start])
         targets = [term.target(chunk) for term in terms]
-        # Row losses go by still smaller blocks, so that what they compute on the way is small and near.
         for rows in _slices(len(z_CV), plan.block_tokens):
             _row_losses_(
                 head,

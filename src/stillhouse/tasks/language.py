@@ -85,7 +85,7 @@ class LanguageSystem(System):
     demo: ClassVar[dict[str, Any]] = {
         "window": 128,
         "batch_size": 8,
-        "epochs": 6.0,
+        "epochs": 3.0,
         "lr": 2e-3,
         "warmup": 0.05,
         "beta2": 0.99,
