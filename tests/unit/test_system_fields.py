@@ -66,7 +66,7 @@ def made(**values) -> dict:
         ("layers", "", []),
         ("layers", [5, 6], [5, 6]),
         ("pair", "0.1,0.2", [0.1, 0.2]),
-        ("folder", "/tmp/x", "/tmp/x"),
+        ("folder", "some/x", "some/x"),
         ("column", "none", None),
         ("column", "text", "text"),
         ("column", 12, "12"),
