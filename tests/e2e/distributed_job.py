@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from stillhouse import EMA, Batches, FeatureMSE, KLDivergence, Observed, Player, Run, Term, Train, adamw, cosine, sgd
 from stillhouse.base.files import save_tree
-from stillhouse.core.engine import Engine, full
+from stillhouse.base.sharded import full
+from stillhouse.core.engine import Engine
 from stillhouse.core.train import Players
 
 

@@ -6,7 +6,9 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +18,9 @@ from torch.nn.parameter import is_lazy
 from stillhouse.base.errors import Interrupted, RunError
 from stillhouse.base.files import Checkpoints, check_room, random_state, restore_random_state
 from stillhouse.base.monitor import StopRequest
+from stillhouse.base.sharded import clip_gradients, full, load_module_state, load_optimizer_state, whole
 from stillhouse.core.artifact import Saver
-from stillhouse.core.engine import (
-    average_gradients,
-    clip_gradients,
-    full,
-    is_sharded,
-    load_module_state,
-    load_optimizer_state,
-    place,
-    whole,
-)
+from stillhouse.core.engine import average_gradients, is_sharded, place
 from stillhouse.core.objective import TermValue, gradient_shares, total
 from stillhouse.core.observed import Observed, Turn, as_batch, with_feeds
 from stillhouse.core.player import Player
@@ -110,6 +104,15 @@ class Train(Stage):
             return loop.finish()
 
 
+@dataclass
+class _Cast:
+    """What a turn of certain players needs, worked out once."""
+
+    turn: Turn
+    engines: list[tuple[Observed, nn.Module]]  # their models, and the wrappers these run in meanwhile
+    resting: list[nn.Parameter]  # the other players': no gradient of theirs is wanted
+
+
 class _Loop:
     """One execution of a `Train` stage."""
 
@@ -120,6 +123,8 @@ class _Loop:
         self.sharded = is_sharded(self.fabric)
         plain = not self.sharded and self.run_.engine.precision in ("32-true", "64-true")
         self.shares_every = stage.shares_every if plain else 0  # one backward a term: wrappers allow only the whole
+        self.bare = self.run_.engine.precision == "32-true" and self.fabric.world_size == 1  # wrappers would do nothing
+        self.autocast = nullcontext if self.bare else self.fabric.autocast
         self.checkpoints = Checkpoints(context.folder / "checkpoints")
         self.step = 0
         self.elapsed = 0.0
@@ -128,6 +133,7 @@ class _Loop:
         self.buffer: list[tuple[int, str, list[TermValue]]] = []
         self.norms: dict[str, list[Tensor]] = {}
         self.shares: dict[str, dict[str, float]] = {}
+        self.casts: dict[tuple[int, ...], _Cast] = {}
 
         self.sources: dict[str, Source] = {}
         shared = None if stage.source is None else as_source(stage.source)
@@ -165,7 +171,8 @@ class _Loop:
             for key, model in trained.items():
                 addresses = {s.address for s in signals if id(s.observed.module) == key}
                 model.tapped.compile(addresses, **options)
-        self.engines = {key: fabric.setup_module(model.tapped) for key, model in trained.items()}
+        wrap = partial(place, fabric) if self.bare else fabric.setup_module
+        self.engines = {key: wrap(model.tapped) for key, model in trained.items()}
         for key, model in heard.items():
             if key not in trained:
                 place(fabric, model.tapped)
@@ -176,9 +183,9 @@ class _Loop:
             if player.ema is not None:
                 place(fabric, player.ema.module)
         self.parameters = {player.name: player.parameters() for player in self.players}
-        built = [player.optimizer([{"params": self.parameters[player.name]}]) for player in self.players]
-        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in built]
-        self.optimizers = [fabric.setup_optimizers(optimizer) for optimizer in built]
+        self.optimizers = [player.optimizer([{"params": self.parameters[player.name]}]) for player in self.players]
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.steppers = self.optimizers if self.bare else [fabric.setup_optimizers(o) for o in self.optimizers]
         for model in trained.values():
             model.module.train(model.mode == "train")
 
@@ -255,34 +262,35 @@ class _Loop:
                 self._turn([index], batches)
 
     def _draw(self, player: Player) -> list[Any]:
-        source = self.sources[player.name]
-        convert = self.fabric.strategy.precision.convert_input
-        return [as_batch(convert(self.fabric.to_device(next(source)))) for _ in range(self.stage.accumulate)]
+        batches = [next(self.sources[player.name]) for _ in range(self.stage.accumulate)]
+        if not self.bare or self.fabric.device.type != "cpu":
+            convert = self.fabric.strategy.precision.convert_input
+            batches = [convert(self.fabric.to_device(batch)) for batch in batches]
+        return [as_batch(batch) for batch in batches]
 
     def _turn(self, playing: Sequence[int], batches: list[Any] | None = None) -> None:
         """Objective, backward and step for the players of this turn, which read the same forwards."""
         if not playing:
             return
-        players = [self.players[i] for i in playing]
-        batches = batches or self._draw(players[0])
-        progress = Progress(self.step, self.stage.steps, self.sources[players[0].name].epoch)
+        cast = self.casts.get(tuple(playing)) or self._cast(playing)
+        batches = batches or self._draw(self.players[playing[0]])
+        progress = Progress(self.step, self.stage.steps, self.sources[self.players[playing[0]].name].epoch)
         for index in playing:
             self.optimizers[index].zero_grad()
-        with self._live(players) as wrapped:
-            turn = Turn((s for p in players for s in p.objective.signals()), autocast=self.fabric.autocast)
+        with self._live(cast):
             for micro, batch in enumerate(batches):
                 with ExitStack() as stack:
-                    if micro < len(batches) - 1:
-                        for engine in wrapped:
+                    if micro < len(batches) - 1 and not self.bare:
+                        for _, engine in cast.engines:
                             stack.enter_context(self.fabric.no_backward_sync(engine))
                     for index in playing:
-                        self._backward(self.players[index], turn, batch, progress, keep=index != playing[-1])
-                turn.clear()
+                        self._backward(self.players[index], cast.turn, batch, progress, keep=index != playing[-1])
+                cast.turn.clear()
         for index in playing:
             self._update(index, progress)
 
     def _backward(self, player: Player, turn: Turn, batch: Any, progress: Progress, *, keep: bool) -> None:
-        with self.fabric.autocast():
+        with self.autocast():
             values = player.objective.evaluate(turn, batch, progress)
         stage = self.stage
         if self.shares_every and self.step % self.shares_every == 0 and len(values) > 1:
@@ -295,7 +303,9 @@ class _Loop:
         # Players that share a turn must not leave gradients in each other's weights.
         only = {"inputs": self.parameters[player.name]} if stage.together and not self.sharded else {}
         if loss.requires_grad:
-            self.fabric.backward(loss / stage.accumulate, retain_graph=keep or None, **only)
+            loss = loss if stage.accumulate == 1 else loss / stage.accumulate
+            backward = Tensor.backward if self.bare else self.fabric.backward
+            backward(loss, retain_graph=keep or None, **only)
 
     def _update(self, index: int, progress: Progress) -> None:
         player, optimizer = self.players[index], self.optimizers[index]
@@ -303,31 +313,40 @@ class _Loop:
         for group, rate in zip(optimizer.param_groups, self.rates[index], strict=True):
             group["lr"] = rate * player.lr(progress)
         if player.clip is not None:
-            self.fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
+            self.fabric.strategy.precision.unscale_gradients(optimizer)
             self.norms.setdefault(player.name, []).append(clip_gradients(self.parameters[player.name], player.clip))
-        optimizer.step()
+        self.steppers[index].step()
         if player.ema is not None:
             player.ema.update(progress)
 
-    @contextmanager
-    def _live(self, players: Sequence[Player]) -> Iterator[list[nn.Module]]:
-        """Route the players' models through their wrappers, and switch off gradients of the others' weights."""
+    def _cast(self, playing: Sequence[int]) -> _Cast:
+        players = [self.players[i] for i in playing]
         mine = {id(m.module): m for player in players for m in player.trained}
-        mine_parameters = {id(p) for player in players for p in self.parameters[player.name]}
-        theirs = [p for ps in self.parameters.values() for p in ps if id(p) not in mine_parameters]
+        parameters = {id(p) for player in players for p in self.parameters[player.name]}
+        others = [p for ps in self.parameters.values() for p in ps if id(p) not in parameters]
+        cast = _Cast(
+            turn=Turn((s for p in players for s in p.objective.signals()), autocast=self.autocast),
+            engines=[(model, self.engines[key]) for key, model in mine.items()],
+            # FSDP2 copies requires_grad once; there the next zero_grad clears what leaked.
+            resting=[] if self.sharded else others,
+        )
+        self.casts[tuple(playing)] = cast
+        return cast
+
+    @contextmanager
+    def _live(self, cast: _Cast) -> Iterator[None]:
+        """Route the players' models through their wrappers, and switch off gradients of the others' weights."""
         try:
-            for key, model in mine.items():
-                model.engine = self.engines[key]
-            if not self.sharded:  # FSDP2 copies requires_grad once; there the next zero_grad clears what leaked
-                for parameter in theirs:
-                    parameter.requires_grad_(False)
-            yield [self.engines[key] for key in mine]
+            for model, engine in cast.engines:
+                model.engine = engine
+            for parameter in cast.resting:
+                parameter.requires_grad_(False)
+            yield
         finally:
-            for model in mine.values():
+            for model, _ in cast.engines:
                 model.engine = model.tapped
-            if not self.sharded:
-                for parameter in theirs:
-                    parameter.requires_grad_(True)
+            for parameter in cast.resting:
+                parameter.requires_grad_(True)
 
     # -- figures ----------------------------------------------------------------------------------------------------
 
@@ -376,7 +395,9 @@ class _Loop:
         if not values:
             return {}
         stacked = torch.stack([value.value.float() for *_, value in values])
-        numbers = self.fabric.all_reduce(stacked, reduce_op="mean").tolist()
+        if self.fabric.world_size > 1:
+            stacked = self.fabric.all_reduce(stacked, reduce_op="mean")
+        numbers = stacked.tolist()
         for (step, player, value), number in zip(values, numbers, strict=True):
             if not math.isfinite(value.weight * number):
                 raise self._gone_bad(
@@ -451,7 +472,7 @@ class _Loop:
             "elapsed": self.elapsed,
             "models": [self._sound(model) for model in self.trained.values()],
             "objectives": [player.objective.state_dict() for player in self.players],
-            "optimizers": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "ema": [player.ema.module.state_dict() if player.ema else None for player in self.players],
             "sources": [source.state_dict() for source in self._streams()],
             "precision": self.fabric.strategy.precision.state_dict(),
@@ -483,7 +504,7 @@ class _Loop:
             self.players, self.optimizers, state["objectives"], state["optimizers"], state["ema"], strict=True
         ):
             player.objective.load_state_dict(objective)
-            load_optimizer_state(optimizer.optimizer, moments)
+            load_optimizer_state(optimizer, moments)
             if player.ema is not None:
                 load_module_state(player.ema.module, mean)
         for source, saved in zip(self._streams(), state["sources"], strict=True):
