@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.base.files import read_json
-from stillhouse.catalogue import rows
+from stillhouse.catalogue import in_words, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "claims"
@@ -54,7 +54,7 @@ def table(columns: list[str], lines: list[list[str]]) -> str:
 def systems_section(systems: list[dict[str, Any]]) -> str:
     axes = ("title", "family", "feedback", "teacher_access", "scheme")
     columns = ["system", "what it is", "family", "reads", "access", "scheme", "verdict"]
-    lines = [[f"`{one['name']}`", *(one[axis] for axis in axes), verdict_of(one["name"])] for one in systems]
+    lines = [[f"`{one['name']}`", *(in_words(one[axis]) for axis in axes), verdict_of(one["name"])] for one in systems]
     papers = [f"- `{one['name']}`: {one['citation']}\n" for one in systems if one["citation"]]
     return table(columns, lines) + "\n" + "".join(papers)
 

@@ -40,8 +40,13 @@ def rows(**wanted: str) -> list[dict[str, Any]]:
     return [
         one
         for one in found
-        if all(text.lower() in str(one[axes.get(axis, axis)]).lower() for axis, text in wanted.items())
+        if all(text.lower() in in_words(one[axes.get(axis, axis)]).lower() for axis, text in wanted.items())
     ]
+
+
+def in_words(value: Any) -> str:
+    """A value of the taxonomy as text."""
+    return ", ".join(value) if isinstance(value, tuple) else "–" if value is None else str(value)
 
 
 def describe(name: str) -> dict[str, Any]:

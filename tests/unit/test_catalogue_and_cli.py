@@ -17,6 +17,7 @@ from stillhouse import catalogue, workflow
 from stillhouse.base.errors import ConfigError
 from stillhouse.base.fields import field_hints
 from stillhouse.base.files import write_json
+from stillhouse.base.taxonomy import AXES
 from stillhouse.cli.main import main
 from stillhouse.cli.recipe import parse_overrides, read_recipe, without_defaults
 from stillhouse.systems import all_systems, get_system
@@ -87,9 +88,16 @@ def test_systems_by_axis(capsys):
 
     assert "taid" in names("--domain", "language") and names("--domain", "nowhere") == []
     assert "taid" in names("--family", "Logit") and "sft" not in names("--family", "logit")
-    assert names("--access", "none", "--domain", "lang") == ["sft"]
+    assert "sft" in names("--access", "teacher-free", "--domain", "lang")
     for axis in catalogue.rows():
-        assert catalogue.rows(family=axis["family"], access=axis["teacher_access"], scheme=axis["scheme"])
+        wanted = {name: catalogue.in_words(axis[name]) for name in AXES if name != "teacher_access"}
+        found = catalogue.rows(access=axis["teacher_access"][0], family=axis["family"], **wanted)
+        assert axis["name"] in [row["name"] for row in found]
+
+
+def test_a_word_outside_the_taxonomy_is_refused():
+    with pytest.raises(ConfigError, match=r"feedback='logit' is not in the taxonomy.*logits"):
+        Meta(title="x", domain="language", family="f", feedback="logit")
 
 
 def test_verdicts_are_those_of_the_results(capsys, tmp_path, monkeypatch):

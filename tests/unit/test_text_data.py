@@ -262,8 +262,9 @@ def is_made_of_whole_documents(stream: list[int], documents: list[list[int]]) ->
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(1, 40), st.integers(1, 40))
 def test_enough_is_held_out_and_enough_is_left(lengths, target, least):
     assume(sum(lengths) >= target + least)
-    documents, count = windows_module._hold_out(np.array(lengths), target, least)
+    documents, start = windows_module._held_out(np.array(lengths), target, sum(lengths), 1, keep=least)
     inside = sum(np.array(lengths)[documents])
+    count = inside - start
     assert target <= count <= inside
     assert sum(lengths) - count >= least
     if count < inside:  # not whole documents, so the end of the stream
@@ -291,6 +292,28 @@ def test_seed_decides_the_split_and_nothing_else_does(tokenizer):
     assert ids(1) == ids(1)
     assert ids(1)[1] != ids(2)[1]
     assert ids(1)[2] != ids(2)[2]
+
+
+@RELAXED
+@given(selection=st.one_of(st.just(0), st.integers(1, 4), st.floats(0.02, 0.3)), seed=st.integers(0, 3))
+def test_what_is_chosen_by_is_neither_trained_on_nor_reported(tokenizer, selection, seed):
+    plain = tokenize_windows(text_data(PROSE), tokenizer, window=16, validation=0.1, seed=seed)
+    windows = tokenize_windows(text_data(PROSE), tokenizer, window=16, validation=0.1, selection=selection, seed=seed)
+    assert stream_of(windows.validation) == stream_of(plain.validation)
+    assert windows.counts.validation_bytes == plain.counts.validation_bytes
+    whole = sorted(stream_of(plain.train))
+    parts = sorted(stream_of(windows.train) + stream_of(windows.selection))
+    surplus = 16 * selection if isinstance(selection, int) else 0  # of whole documents, beyond the windows asked for
+    assert len(whole) - 2 * 16 - surplus < len(parts) <= len(whole) + 16
+    if not selection:
+        assert len(windows.selection) == 0 and stream_of(windows.train) == stream_of(plain.train)
+    elif isinstance(selection, int):
+        assert len(windows.selection) == selection
+    else:
+        assert len(windows.selection) >= max(1, selection * len(plain.train) - 1)
+    eos = tokenizer.eos_token
+    texts = [set(tokenizer.decode(stream_of(split)).split(eos)[:-1]) for split in (windows.selection, windows.train)]
+    assert not {text for text in texts[0] if text in PROSE} & texts[1]
 
 
 def test_number_of_validation_windows_can_be_set(tokenizer):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from stillhouse.base.errors import ConfigError, RunError, StillhouseError, suggest
+from stillhouse.base.taxonomy import AXES
 
 app = typer.Typer(
     name="stillhouse",
@@ -136,7 +137,7 @@ def resume(
     _show_result(resume_run(folder, quiet=quiet))
 
 
-FILTERS = ("domain", "family", "feedback", "access", "granularity", "policy", "knowledge", "scheme", "modality")
+FILTERS = ("domain", "family", "access", *(axis for axis in AXES if axis != "teacher_access"))
 
 
 def _filter(name: str) -> Any:
@@ -151,13 +152,15 @@ def systems(
     access: Annotated[str, _filter("access")] = "",
     granularity: Annotated[str, _filter("granularity")] = "",
     policy: Annotated[str, _filter("policy")] = "",
+    elicitation: Annotated[str, _filter("elicitation")] = "",
+    algorithm: Annotated[str, _filter("algorithm")] = "",
     knowledge: Annotated[str, _filter("knowledge")] = "",
     scheme: Annotated[str, _filter("scheme")] = "",
     modality: Annotated[str, _filter("modality")] = "",
     as_json: Json = False,
 ) -> None:
     """List the systems, by any axis of the taxonomy."""
-    from stillhouse.catalogue import rows
+    from stillhouse.catalogue import in_words, rows
 
     wanted = {name: value for name, value in locals().items() if name in FILTERS and value}
     found = rows(**wanted)
@@ -165,20 +168,20 @@ def systems(
         _print(found)
         return
     keys = ["name", "card", "title", "domain", "family", "feedback", "verdict"]
-    _table(keys, [[str(row[key]) if row[key] is not None else "–" for key in keys] for row in found])
+    _table(keys, [[in_words(row[key]) for key in keys] for row in found])
 
 
 @app.command()
 def show(name: str, as_json: Json = False) -> None:
     """Describe a system: what it is, its fields, the paper's values and the demo's."""
-    from stillhouse.catalogue import describe
+    from stillhouse.catalogue import describe, in_words
 
     found = describe(name)
     if as_json:
         _print(found)
         return
     print(f"{found['title']} ({name})\n{found['citation']}\n\n{found['doc']}\n")
-    print("  ".join(f"{key}: {found[key]}" for key in ("domain", "family", "feedback", "teacher_access", "scheme")))
+    print("\n".join(f"{axis}: {in_words(found[axis])}" for axis in ("domain", "family", *AXES)))
     print(f"verdict: {found['verdict'] or 'not checked'}\n")
     rows = [
         [f["name"], f["type"], str(f["default"]), str(f["demo"]) if f["demo"] is not None else "", f["help"]]

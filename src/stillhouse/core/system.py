@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from stillhouse.base.fields import check_fields
+from stillhouse.base.taxonomy import AXES, Values, checked
 
 if typing.TYPE_CHECKING:
     from stillhouse.core.artifact import Artifact
@@ -19,21 +20,27 @@ if typing.TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """Where a system stands in the taxonomy of the field (surveys: cards 072, 151, 165)."""
+    """Where a system stands in the field; the axes take one or several words each: see `stillhouse.base.taxonomy`."""
 
     title: str
     domain: str
     family: str
     citation: str = ""
     card: int | None = None
-    feedback: str = "none"  # logits, features, relations, labels, traces, rewards, scores, data, none
-    teacher_access: Literal["white-box", "black-box", "none", "self"] = "white-box"
-    granularity: str = "token"  # token, sequence, sample, pixel, patch, graph, data set, model
-    policy: Literal["off-policy", "on-policy", "mixed", "none"] = "off-policy"
-    knowledge: str = "response"  # response, feature, relation, data, score
-    scheme: Literal["offline", "online", "self", "none"] = "offline"
-    modality: str = "text"
+    feedback: Values = "none"
+    teacher_access: Values = "white-box"
+    granularity: Values = "token"
+    policy: Values = "off-policy"
+    elicitation: Values = "none"
+    algorithm: Values = "none"
+    knowledge: Values = "response"
+    scheme: Values = "offline"
+    modality: Values = "text"
     stages: int | str = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            object.__setattr__(self, axis, checked(axis, getattr(self, axis)))
 
 
 @dataclass(kw_only=True)
@@ -73,6 +80,7 @@ class System:
 
     meta: ClassVar[Meta]
     demo: ClassVar[Mapping[str, Any]] = {}
+    smoke: ClassVar[Mapping[str, Any]] = {}  # field values with which the tests of all systems run it in seconds
     product: ClassVar[str] = "student"  # the stage whose artifact is the result
 
     seed: Annotated[int, "fixes every random choice of the run"] = 0

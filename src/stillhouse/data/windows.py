@@ -1,4 +1,4 @@
-"""Tokens in windows of one length: what a language model is trained and measured on.
+"""Tokens in windows of one length: what a language model is trained on, chosen by and measured on.
 
 Plain text becomes one stream, every document ended by EOS, cut into windows of T tokens; a window gives T - 1
 predictions. Conversations become one padded example a window, with a mask on the tokens of the responses.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FORMAT = 2  # part of every fingerprint; raise it when the same input gives other windows
+FORMAT = 3  # part of every fingerprint; raise it when the same input gives other windows
 
 
 class WindowSplit:
@@ -74,12 +74,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class Windows:
-    """Training and validation windows with their counts (see :class:`Counts`).
+    """Windows to train on, to choose by (``selection``) and to report on (``validation``), with their counts.
 
-    Bits per byte of a model = summed validation loss in nats / ln 2 / ``validation_bytes``.
+    Bits per byte of a model = summed validation loss in nats / ln 2 / ``validation_bytes``; see :class:`Counts`.
     """
 
     train: WindowSplit
+    selection: WindowSplit
     validation: WindowSplit
     window: int
     kind: Kind
@@ -101,7 +102,8 @@ class Windows:
         return self.counts.validation_bytes / self.counts.validation_tokens
 
 
-_Splits = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Counts]
+_Columns = dict[str, torch.Tensor]
+_Splits = tuple[_Columns, _Columns, _Columns, Counts]
 
 
 def tokenize_windows(
@@ -110,9 +112,10 @@ def tokenize_windows(
     *,
     window: int,
     validation: float | int = 0.05,
+    selection: float | int = 0,
     seed: int = 0,
 ) -> Windows:
-    """Tokenise documents into windows of ``window`` tokens, some of them held out for validation.
+    """Tokenise documents into windows of ``window`` tokens, some of them held out.
 
     Text: the documents, in an order shuffled by ``seed``, each ended by EOS (and begun by BOS if the tokenizer itself
     does so), are one stream that is cut into windows. Whole documents are held out; where none fit (a single document,
@@ -124,16 +127,20 @@ def tokenize_windows(
     The windows are held in memory, 4 bytes a token (6 for conversations).
 
     Args:
-        validation: share of the tokens (of the examples, for conversations) in (0, 1), or a number: of windows.
+        validation: held out to report on: a share of the tokens (of the examples, for conversations) in (0, 1), or a
+            number of windows. It does not depend on ``selection``.
+        selection: held out to choose by, of the rest: which weights to keep, when to stop. 0 holds out nothing.
 
     Raises:
-        DataError: too little text for one training and one validation window, a tokenizer without EOS or character
+        DataError: too little text for one training window and those held out, a tokenizer without EOS or character
             offsets, a conversation the chat template refuses, or an option out of range.
     """
     if window < 2:
         raise DataError(f"window={window}: must be at least 2 tokens, one to read and one to predict")
     if validation <= 0 or (isinstance(validation, float) and validation >= 1):
         raise DataError(f"validation={validation}: must be a share between 0 and 1, or a whole number from 1")
+    if selection < 0 or (isinstance(selection, float) and selection >= 1):
+        raise DataError(f"selection={selection}: must be a share from 0 to below 1, or a whole number")
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, which must end every document; set tokenizer.eos_token")
     if not tokenizer.is_fast:
@@ -142,12 +149,15 @@ def tokenize_windows(
         )
     source = digest(FORMAT, data.fingerprint, data.kind, data.skipped, tokenizer_fingerprint(tokenizer))
     cut = _text_windows if data.kind == "text" else _chat_windows
-    train, held_out, counts = cut(data, tokenizer, source, window, validation, seed)
-    fingerprint = digest(source, window, validation, seed)
-    return Windows(WindowSplit(train), WindowSplit(held_out), window, data.kind, data.name, fingerprint, counts)
+    *columns, counts = cut(data, tokenizer, source, window, validation, selection, seed)
+    train, chosen_by, held_out = map(WindowSplit, columns)
+    fingerprint = digest(source, window, validation, selection, seed)
+    return Windows(train, chosen_by, held_out, window, data.kind, data.name, fingerprint, counts)
 
 
-def _text_windows(data: TextData, tokenizer: Tokenizer, source: str, T: int, validation: float, seed: int) -> _Splits:
+def _text_windows(
+    data: TextData, tokenizer: Tokenizer, source: str, T: int, validation: float, selection: float, seed: int
+) -> _Splits:
     import datasets
 
     column = datasets.LargeList(datasets.Value("int32"))
@@ -162,47 +172,76 @@ def _text_windows(data: TextData, tokenizer: Tokenizer, source: str, T: int, val
     )
     order = np.random.default_rng(seed).permutation(len(tokens))
     stream, lengths = _flat(tokens.select(order), "input_ids")
-    least = validation if isinstance(validation, int) else 1
-    if len(stream) < (1 + least) * T:
+    chosen_by, least = _least(selection), _least(validation)
+    if len(stream) < (1 + chosen_by + least) * T:
+        also = f", {chosen_by} selection" if chosen_by else ""
         raise DataError(
-            f"{data.name}: too little text: {len(stream):,} tokens, but one training and {least} validation "
-            f"window{'s' if least > 1 else ''} of {T} need {(1 + least) * T:,}; use a smaller window or more text"
+            f"{data.name}: too little text: {len(stream):,} tokens, but one training{also} and {least} validation "
+            f"window{'s' if least > 1 else ''} of {T} need {(1 + chosen_by + least) * T:,}; use a smaller window or "
+            "more text"
         )
-    target = least * T if isinstance(validation, int) else max(T, round(validation * len(stream)))
-    documents, count = _hold_out(lengths, min(target, len(stream) - T), T)
-    inside = np.repeat(documents, lengths)
-    start = int(inside.sum()) - count  # what those documents have before it is for training
-    train_NT = _cut(np.concatenate([stream[~inside], stream[inside][:start]]), T)
-    held_out_NT = _cut(stream[inside][start:], T)[: least if isinstance(validation, int) else None]
+    held_out = _held_out(lengths, validation, len(stream), T, keep=(1 + chosen_by) * T)
+    rest, rest_lengths, held_out_NT = _split(stream, lengths, held_out, validation, T)
+    chosen = _held_out(rest_lengths, selection, len(stream), T, keep=T)
+    train, _, selection_NT = _split(rest, rest_lengths, chosen, selection, T)
+    train_NT = _cut(train, T)
+    documents, start = held_out
     sizes_NT = _cut(_flat(tokens.select(order[documents]), "sizes")[0][start:], T)[: len(held_out_NT)]
     counts = Counts(
         train_tokens=train_NT.size,
         validation_tokens=held_out_NT[:, 1:].size,
         validation_bytes=int(sizes_NT[:, 1:].sum()),
-        left_over=len(stream) - train_NT.size - held_out_NT.size,
+        left_over=len(stream) - train_NT.size - selection_NT.size - held_out_NT.size,
     )
-    return {"input_ids": torch.from_numpy(train_NT)}, {"input_ids": torch.from_numpy(held_out_NT)}, counts
+    columns = [{"input_ids": torch.from_numpy(windows_NT)} for windows_NT in (train_NT, selection_NT, held_out_NT)]
+    return columns[0], columns[1], columns[2], counts
 
 
-def _hold_out(lengths: np.ndarray, target: int, least: int) -> tuple[np.ndarray, int]:
-    """Which documents hold what is held out, as a mask, and how many tokens at their end are: at least ``target``.
+def _least(wanted: float) -> int:
+    """The windows that must be held out: as many as asked for, or one for a share."""
+    return wanted if isinstance(wanted, int) else 1 if wanted else 0
 
-    Whole documents, but none larger than twice the target, or one book among notes would be all of it, and ``least``
-    tokens are left to train on; if that cannot be, the end of the stream.
+
+def _target(wanted: float, total: int, T: int) -> int:
+    """The tokens to hold out of ``total``."""
+    return wanted * T if isinstance(wanted, int) else max(T, round(wanted * total)) if wanted else 0
+
+
+def _split(
+    stream: np.ndarray, lengths: np.ndarray, held_out: tuple[np.ndarray, int], wanted: float, T: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The stream without what is held out, the lengths of its pieces, and the windows of what is."""
+    documents, start = held_out
+    inside = np.repeat(documents, lengths)
+    rest = np.concatenate([stream[~inside], stream[inside][:start]])
+    windows_NT = _cut(stream[inside][start:], T)[: wanted if isinstance(wanted, int) else None]
+    return rest, np.array([*lengths[~documents], start], dtype=lengths.dtype), windows_NT
+
+
+def _held_out(lengths: np.ndarray, wanted: float, total: int, T: int, *, keep: int) -> tuple[np.ndarray, int]:
+    """Which documents hold what is held out, as a mask, and where in them it begins; ``keep`` tokens are left.
+
+    Whole documents, but none larger than twice the target, or one book among notes would be all of it; if that cannot
+    be, the end of the stream.
     """
+    target = min(_target(wanted, total, T), int(lengths.sum()) - keep)
     chosen, held = np.zeros(len(lengths), dtype=bool), 0
+    if not target:
+        return chosen, 0
     for index, length in enumerate(lengths.tolist()):
         if length <= 2 * target - held:
             chosen[index] = True
             held += length
         if held >= target:
             break
-    if target <= held <= lengths.sum() - least:
-        return chosen, held
-    return np.cumsum(lengths) > lengths.sum() - target, target
+    if not target <= held <= lengths.sum() - keep:
+        chosen, held = np.cumsum(lengths) > lengths.sum() - target, target
+    return chosen, int(lengths[chosen].sum()) - held
 
 
-def _chat_windows(data: TextData, tokenizer: Tokenizer, source: str, T: int, validation: float, seed: int) -> _Splits:
+def _chat_windows(
+    data: TextData, tokenizer: Tokenizer, source: str, T: int, validation: float, selection: float, seed: int
+) -> _Splits:
     import datasets
 
     features = {name: datasets.LargeList(datasets.Value(dtype)) for name, dtype in CHAT_COLUMNS.items()}
@@ -217,16 +256,18 @@ def _chat_windows(data: TextData, tokenizer: Tokenizer, source: str, T: int, val
         desc="Tokenising",
     )
     total, usable = len(data.documents), len(examples)
-    wanted = validation if isinstance(validation, int) else max(1, round(validation * total))
-    if usable <= wanted:
+    wanted, chosen_by = _target(validation, total, 1), _target(selection, total, 1)
+    if usable <= wanted + chosen_by:
+        also = f", {chosen_by} for selection" if chosen_by else ""
         raise DataError(
             f"{data.name}: {total} examples, {total - usable} of them dropped as too long or without a response, "
-            f"cannot give {wanted} for validation and one for training; use a larger window or more data"
+            f"cannot give {wanted} for validation{also} and one for training; use a larger window or more data"
         )
     shuffled = examples.select(np.random.default_rng(seed).permutation(usable))
     found = {name: torch.from_numpy(_flat(shuffled, name)[0]).view(usable, -1) for name in CHAT_COLUMNS}
     sizes, truncated = found.pop("sizes")[:wanted], found.pop("truncated")
-    train = {name: column[wanted:] for name, column in found.items()}
+    train = {name: column[wanted + chosen_by :] for name, column in found.items()}
+    chosen = {name: column[wanted : wanted + chosen_by] for name, column in found.items()}
     held_out = {name: column[:wanted] for name, column in found.items()}
     predicted = held_out["loss_mask"][:, 1:] == 1
     counts = Counts(
@@ -236,7 +277,7 @@ def _chat_windows(data: TextData, tokenizer: Tokenizer, source: str, T: int, val
         truncated=int(truncated.sum()),
         dropped=total - usable,
     )
-    return train, held_out, counts
+    return train, chosen, held_out, counts
 
 
 def _cut(stream: np.ndarray, T: int) -> np.ndarray:

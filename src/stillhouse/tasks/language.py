@@ -30,7 +30,7 @@ from stillhouse.core.system import System
 from stillhouse.core.train import Train
 from stillhouse.data.sources import Batches
 from stillhouse.data.text import TextData, load_text
-from stillhouse.data.windows import Windows, tokenize_windows
+from stillhouse.data.windows import Windows, WindowSplit, tokenize_windows
 from stillhouse.metrics.language import compare_causal_lms, tokens_per_second
 from stillhouse.models.causal_lm import (
     load_causal_lm,
@@ -58,7 +58,12 @@ class LanguageSystem(System):
     split: Annotated[str | None, "split of a hub data set"] = None
     text_field: Annotated[str | None, "column that holds the text; found by itself by default"] = None
     on_bad_record: Annotated[Literal["error", "skip"], "what to do with a broken record"] = "error"
-    validation: Annotated[float, "share of the documents held out", Gt(0), Lt(1)] = 0.05
+    validation: Annotated[float, "share of the text held out and looked at once, for the final table", Gt(0), Lt(1)] = (
+        0.05
+    )
+    selection: Annotated[
+        float, "share of the text held out to choose by: the curve during training, keep=best", Gt(0), Lt(1)
+    ] = 0.03
     window: Annotated[int, "tokens in a training sequence", Ge(8)] = 512
     batch_size: Annotated[int, "sequences in a micro-batch, all processes together", Ge(1)] = 64
     accumulate: Annotated[int, "micro-batches in an optimizer step", Ge(1)] = 1
@@ -73,11 +78,11 @@ class LanguageSystem(System):
     pretrain: Annotated[
         float, "passes over the text without a teacher before it begins: for students that start from nothing", Ge(0)
     ] = 0.0
-    keep: Annotated[Literal["last", "best"], "weights kept: the last, or those with the lowest validation loss"] = (
-        "last"
-    )
+    keep: Annotated[
+        Literal["last", "best"], "weights kept: the last, or those with the lowest loss on the selection text"
+    ] = "last"
     baseline: Annotated[bool, "also train the same student on the text alone, for comparison"] = False
-    eval_windows: Annotated[int, "validation sequences looked at during training", Ge(1)] = 64
+    eval_windows: Annotated[int, "selection sequences looked at during training", Ge(1)] = 64
     gradient_checkpointing: Annotated[bool, "trade time for memory in the student"] = False
     compile: Annotated[bool, "compile the student with torch.compile"] = False
     trust_remote_code: Annotated[bool, "run code that comes with a model"] = False
@@ -133,7 +138,9 @@ class LanguageTask:
         else:
             teacher, tokenizer = load_causal_lm(system.teacher, trust_remote_code=system.trust_remote_code)
         # What is held out does not depend on the seed: the embedded teacher has seen none of it, whatever the seed.
-        windows = tokenize_windows(data, tokenizer, window=system.window, validation=system.validation)
+        windows = tokenize_windows(
+            data, tokenizer, window=system.window, validation=system.validation, selection=system.selection
+        )
         new_student, vocab_size = _student_builder(system, teacher, tokenizer)
         task = LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
         if system.pretrain:
@@ -175,8 +182,8 @@ class LanguageTask:
             source=Batches(self.windows.train, system.batch_size, seed=system.seed, gather=True),
             steps=steps or system.steps or self.steps_of(system.epochs),
             accumulate=system.accumulate,
-            evaluate=partial(self.validation_figures, model),
-            best="val_loss" if system.keep == "best" else None,
+            evaluate=partial(self.selection_figures, model),
+            best="selection_loss" if system.keep == "best" else None,
             save=partial(save_pretrained, tokenizer=self.tokenizer),
             compile=system.compile,
         )
@@ -190,18 +197,17 @@ class LanguageTask:
         model, _ = load_causal_lm(str(artifact.path), trust_remote_code=self.system.trust_remote_code)
         return model.to(self.run.fabric.device).eval()
 
-    def validation_batches(self, most: int | None = None) -> Iterator[Batch]:
-        """The held-out text in batches."""
-        count = min(len(self.windows.validation), most or len(self.windows.validation))
+    def batches_of(self, split: WindowSplit, most: int | None = None) -> Iterator[Batch]:
+        """The first windows of held-out text, in batches."""
+        count = min(len(split), most or len(split))
         for start in range(0, count, 8):
-            rows = self.windows.validation[list(range(start, min(count, start + 8)))]
-            yield self.run.fabric.to_device(rows)
+            yield self.run.fabric.to_device(split[list(range(start, min(count, start + 8)))])
 
-    def validation_figures(self, model: nn.Module) -> dict[str, float]:
-        """Validation loss and perplexity, on the first windows: the curve shown during training."""
-        batches = self.validation_batches(self.system.eval_windows)
+    def selection_figures(self, model: nn.Module) -> dict[str, float]:
+        """Loss and perplexity on the text to choose by: the curve shown during training."""
+        batches = self.batches_of(self.windows.selection, self.system.eval_windows)
         figures = compare_causal_lms({"model": model}, batches, vocab_size=self.vocab_size)["model"]
-        return {"val_loss": figures.loss, "perplexity": figures.perplexity}
+        return {"selection_loss": figures.loss, "perplexity": figures.perplexity}
 
     def evaluation(self, models: dict[str, Artifact]) -> Evaluate:
         """The final table: the teacher beside the models that were trained."""
@@ -210,8 +216,10 @@ class LanguageTask:
     def _evaluate(self, artifacts: dict[str, Artifact], context: Context) -> tuple[Table, dict[str, Any]]:
         models: dict[str, nn.Module] = {"teacher": self.teacher.to(self.run.fabric.device).eval()}
         models |= {name: self.load(artifact) for name, artifact in artifacts.items()}
-        found = compare_causal_lms(models, self.validation_batches(), vocab_size=self.vocab_size, reference="teacher")
-        batch = next(self.validation_batches())
+        found = compare_causal_lms(
+            models, self.batches_of(self.windows.validation), vocab_size=self.vocab_size, reference="teacher"
+        )
+        batch = next(self.batches_of(self.windows.validation))
         rows = []
         for name, figures in found.items():
             row: dict[str, Any] = {
@@ -309,7 +317,13 @@ def _demo_teacher(data: TextData, run: Run) -> Generator[Stage, Artifact, tuple[
 
     recipe = DemoTeacher()
     tokenizer = train_bpe(data.documents["text"], vocab_size=recipe.vocab_size)
-    windows = tokenize_windows(data, tokenizer, window=recipe.window, validation=LanguageSystem.validation)
+    windows = tokenize_windows(
+        data,
+        tokenizer,
+        window=recipe.window,
+        validation=LanguageSystem.validation,
+        selection=LanguageSystem.selection,
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,

@@ -30,6 +30,8 @@ class KD(LanguageSystem):
         family="logit KD",
         citation="Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network, arXiv 1503.02531",
         feedback="logits",
+        elicitation="feature",
+        algorithm="divergence",
     )
     demo: ClassVar = {**LanguageSystem.demo, "temperature": 1.0}
 

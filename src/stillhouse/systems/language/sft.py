@@ -25,7 +25,8 @@ class SFT(LanguageSystem):
         domain="language",
         family="baseline",
         feedback="none",
-        teacher_access="none",
+        teacher_access="teacher-free",
+        algorithm="supervised fine-tuning",
         knowledge="data",
         scheme="none",
     )

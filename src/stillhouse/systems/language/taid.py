@@ -36,6 +36,8 @@ class TAID(LanguageSystem):
         citation="Shing et al. (2025), TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge "
         "Transfer in Language Models, ICLR 2025, arXiv 2501.16937",
         feedback="logits",
+        elicitation="feature",
+        algorithm="divergence",
     )
 
     t_start: Annotated[float, "share of the teacher in the first target (0.2 for close pairs)", Ge(0), Le(1)] = 0.4
