@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from stillhouse.core.system import System
+from stillhouse.tasks.language import LanguageSystem
 
 WORDS = [
     "the",
@@ -97,8 +98,8 @@ def make_materials(folder: Path) -> Materials:
 
 def small_values(system: type[System], materials: Materials) -> dict[str, Any]:
     """Field values with which ``system`` runs in seconds: some twenty steps, saved after ten."""
-    options = {"trackers": [], "checkpoint_minutes": 1e-9}
-    if system.meta.domain == "language":
+    fields: dict[str, Any] = {}
+    if issubclass(system, LanguageSystem):
         fields = {
             "teacher": str(materials.teacher),
             "data": str(materials.text),
@@ -107,12 +108,36 @@ def small_values(system: type[System], materials: Materials) -> dict[str, Any]:
             "window": 16,
             "batch_size": 4,
             "validation": 0.2,
+            "selection": 0.1,
             "lr": 1e-2,
         }
-        return {**fields, **options}
-    pytest.fail(
-        f"{system.name()}: say in tests/systems/helpers.py what systems of domain {system.meta.domain!r} run on"
-    )
+    elif not system.smoke:
+        pytest.fail(f"{system.name()} must say with which field values it runs in seconds: smoke = {{...}}")
+    return {**fields, **system.smoke, "trackers": [], "checkpoint_minutes": 1e-9}
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What an artifact holds that must not differ between two runs of one seed: its tensors and its tables."""
+    import pyarrow.parquet as pq
+
+    tables = {str(file.relative_to(folder)): pq.read_table(file) for file in sorted(folder.rglob("*.parquet"))}
+    return {**tables, **tensors(folder)}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of all safetensors files of a folder."""
+    from safetensors.torch import load_file
+
+    return {
+        f"{file.relative_to(folder)}:{name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two tensors or tables are equal to the bit."""
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one.equals(other)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -133,23 +158,31 @@ def _child(name: str, values: Mapping[str, Any], output: Path, kill_after: int, 
         os.dup2(handle.fileno(), 2)
         torch.set_num_threads(1)
         from stillhouse.base.files import Checkpoints
+        from stillhouse.core import run
         from stillhouse.workflow import run_system
 
-        save, saved = Checkpoints.save, 0
+        passed = 0
 
-        def save_and_die(self: Checkpoints, step: int, tree: Any) -> None:
-            nonlocal saved
-            save(self, step, tree)
-            saved += 1
-            if saved == kill_after:
-                os.kill(os.getpid(), signal.SIGKILL)
+        def then_die(function: Any) -> Any:
+            def wrapped(*args: Any) -> None:
+                nonlocal passed
+                function(*args)
+                passed += 1
+                if passed == kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-        Checkpoints.save = save_and_die  # type: ignore[method-assign]
+            return wrapped
+
+        write_record, die_after_record = run.write_record, then_die(run.write_record)
+        run.write_record = lambda folder, record: (
+            die_after_record if record["status"] == "done" and not record.get("cache") else write_record
+        )(folder, record)
+        Checkpoints.save = then_die(Checkpoints.save)  # type: ignore[method-assign]
         run_system(name, values, output=output, quiet=True)
 
 
 def run_and_kill(name: str, values: Mapping[str, Any], output: Path, *, after: int = 1) -> None:
-    """Run a system in a child that is killed right after its checkpoint number ``after``."""
+    """Run a system in a child that is killed when it has made so many checkpoints or finished so many stages."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "stillhouse.workflow"])
     said = output.with_suffix(".said")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from functools import partial
 from pathlib import Path
@@ -55,11 +56,8 @@ def values(name: str, materials: helpers.Materials) -> dict[str, Any]:
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    """The course of the stage that makes the result."""
-    (file,) = folder.glob(
-        f"stages/*-{system(json.loads((folder / 'run.json').read_text())['source']).product}/metrics.jsonl"
-    )
-    lines = map(json.loads, file.read_text().splitlines())
+    """The course of the stages that train."""
+    lines = [json.loads(line) for file in sorted(folder.glob("stages/*/metrics.jsonl")) for line in file.open()]
     return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
 
 
@@ -73,7 +71,7 @@ def test_runs_to_the_end(name, finished):
         assert artifact.path.is_dir() and any(artifact.path.iterdir())
     assert not list(done.folder.rglob("checkpoints")) and not list(done.folder.rglob("*.tmp"))
     assert done.report == done.folder / "report.html"
-    page = done.report.read_text()
+    page = html.unescape(done.report.read_text())
     assert system(name).meta.title in page and "</html>" in page
 
 
@@ -82,16 +80,16 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(name, finished, materi
     folder = tmp_path / "run"
     helpers.run_and_kill(name, values(name, materials), folder)
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
-    assert list(folder.rglob("checkpoints/0*"))  # there is something to go on from
     done = resume(folder, quiet=True)
     whole = finished(name)
     assert done.artifacts.keys() == whole.artifacts.keys()
+    compared = 0
     for stage, artifact in whole.artifacts.items():
-        if artifact.kind != "model":
-            continue
-        expected, found = helpers.weights(artifact.path), helpers.weights(done.artifacts[stage].path)
-        assert expected.keys() == found.keys()
-        assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+        expected, found = helpers.content(artifact.path), helpers.content(done.artifacts[stage].path)
+        assert expected.keys() == found.keys(), stage
+        assert [key for key in expected if not helpers.same(expected[key], found[key])] == [], stage
+        compared += len(expected)
+    assert compared
     assert losses(folder) == losses(whole.folder)
     assert (folder / "report.html").exists()
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
@@ -109,9 +107,10 @@ def test_the_comparison_can_tell_runs_apart(finished, materials, tmp_path):
 def test_the_result_is_loaded_by_transformers(name, finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if system(name).meta.domain != "language":
-        pytest.skip("not a language model")
     folder = finished(name).folder / "model"
+    config = folder / "config.json"
+    if not config.exists() or "CausalLM" not in config.read_text():
+        pytest.skip("the result is not a causal language model")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("the cat sees", return_tensors="pt").input_ids
     assert tokenizer.decode(ids[0]) == "the cat sees"
@@ -129,16 +128,19 @@ def test_the_result_is_loaded_by_transformers(name, finished):
 
 @SYSTEMS
 def test_the_result_has_a_card(name, finished, materials):
-    card = (finished(name).folder / "model" / "README.md").read_text()
+    folder = finished(name).folder / "model"
+    if not folder.exists():
+        pytest.skip("the result is not a model")
+    card = (folder / "README.md").read_text()
     assert card.startswith("---\n") and "\n---\n" in card[4:]  # the metadata of a hub model card
     assert system(name).meta.title in card
     from huggingface_hub import ModelCard
 
     data = ModelCard(card).data.to_dict()
-    assert data.get("library_name") == "transformers"
+    assert data.get("library_name") in ("transformers", "diffusers", "stillhouse")
 
 
-@SYSTEMS
+@pytest.mark.parametrize("name", ["sft", "kd", "taid"])
 def test_it_learns_something(name, finished):
     """Not more than that the loss falls: twenty steps prove no method."""
     course = losses(finished(name).folder)
@@ -150,9 +152,11 @@ def test_it_learns_something(name, finished):
 def test_what_is_done_is_not_done_again(name, finished, materials):
     done = finished(name)
     product = done.artifacts[system(name).product].path
-    before = {file: file.stat().st_mtime_ns for file in product.glob("*.safetensors")}
+    before = {file: file.stat().st_mtime_ns for file in product.rglob("*")}
     again = run_system(name, values(name, materials), output=done.folder, quiet=True)
-    assert {file: file.stat().st_mtime_ns for file in product.glob("*.safetensors")} == before
+    assert {file: file.stat().st_mtime_ns for file in before if file.name != "README.md"} == {
+        file: time for file, time in before.items() if file.name != "README.md"
+    }
     assert {key: one.fingerprint for key, one in again.artifacts.items()} == {
         key: one.fingerprint for key, one in done.artifacts.items()
     }

@@ -20,6 +20,7 @@ from stillhouse.base.files import write_json
 from stillhouse.base.taxonomy import AXES
 from stillhouse.cli.main import main
 from stillhouse.cli.recipe import parse_overrides, read_recipe, without_defaults
+from stillhouse.core.system import Meta
 from stillhouse.systems import all_systems, get_system
 from stillhouse.workflow import RunOptions, split_values
 
