@@ -34,7 +34,8 @@ class RunOptions:
     accelerator: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
     devices: Annotated[int, "processes on this machine; more than one: see `stillhouse launch`", Ge(1)] = 1
     nodes: Annotated[int, "machines", Ge(1)] = 1
-    strategy: Annotated[Literal["auto", "ddp", "fsdp2"], "how processes share the work"] = "auto"
+    strategy: Annotated[Literal["auto", "ddp", "fsdp2", "deepspeed"], "how processes share the work"] = "auto"
+    deepspeed: Annotated[str | None, "DeepSpeed's own configuration file; by default ZeRO stage 2"] = None
     precision: Annotated[
         Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"], "number format of the computation"
     ] = "32-true"
@@ -44,7 +45,7 @@ class RunOptions:
     checkpoint_minutes: Annotated[float, "minutes between checkpoints", Gt(0)] = 1.0
 
     def engine(self) -> Engine:
-        names = ("accelerator", "devices", "nodes", "strategy", "precision")
+        names = ("accelerator", "devices", "nodes", "strategy", "deepspeed", "precision")
         return Engine(**{name: getattr(self, name) for name in names})
 
 

@@ -5,6 +5,8 @@ Usage: distributed_job.py FOLDER STAGE STRATEGY DEVICES
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,16 @@ def one_player() -> tuple[Players, Any, list[nn.Module]]:
     objective = KLDivergence(student.output("logits"), teacher.output("logits"), temperature=2.0) + 0.1 * FeatureMSE(
         student.tap("blocks.0"), teacher.tap("blocks.1"), project="linear"
     )
+    data = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    player = Player("student", student, objective, optimizer=adamw(1e-2), lr=cosine(1, 0), clip=1.0)
+    return player, Batches(data, 8, gather=True), [student.module]
+
+
+def plain() -> tuple[Players, Any, list[nn.Module]]:
+    """KD without a projection: what DeepSpeed can train."""
+    torch.manual_seed(0)
+    teacher, student = Observed(Net(16, 3), frozen=True), Observed(Net(8, 2))
+    objective = KLDivergence(student.output("logits"), teacher.output("logits"), temperature=2.0)
     data = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
     player = Player("student", student, objective, optimizer=adamw(1e-2), lr=cosine(1, 0), clip=1.0)
     return player, Batches(data, 8, gather=True), [student.module]
@@ -120,12 +132,28 @@ def language() -> tuple[Players, Any, list[nn.Module]]:
     return Player("student", student, objective, optimizer=adamw(1e-2), clip=1.0), Batches(data, 8), [student.module]
 
 
-JOBS = {"one": one_player, "three": three_players, "language": language}
+JOBS = {"one": one_player, "plain": plain, "three": three_players, "language": language}
+
+
+def deepspeed_on_cpu() -> None:
+    """Fabric lets DeepSpeed run on CUDA only; DeepSpeed itself runs on a CPU too, so here its check is passed."""
+    from lightning_fabric.accelerators import CPUAccelerator
+    from lightning_fabric.strategies import deepspeed as strategy
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DS_IGNORE_CUDA_DETECTION": "1"}
+    importlib.import_module("deepspeed")
+    backend: Any = sys.modules["deepspeed.comm.torch"]  # the attribute of this name is torch itself
+    backend.build_shm_op = lambda: None  # would compile C++ for a faster gloo
+    strategy.CUDAAccelerator = CPUAccelerator
+    strategy._validate_device_index_selection = lambda devices: None
+    strategy.DeepSpeedStrategy.root_device = property(lambda self: torch.device("cpu", 0))
 
 
 def main(folder: str, job: str, strategy: str, devices: str, steps: str = "12") -> None:
     torch.set_num_threads(1)
     players, source, modules = JOBS[job]()
+    if strategy == "deepspeed":
+        deepspeed_on_cpu()
     engine = Engine(accelerator="cpu", devices=int(devices), strategy=strategy)
     run = Run(folder, engine=engine, quiet=True)
 
@@ -143,7 +171,7 @@ def main(folder: str, job: str, strategy: str, devices: str, steps: str = "12") 
             players,
             source=source,
             steps=int(steps),
-            accumulate=2 if job == "one" else 1,
+            accumulate=2 if job in ("one", "plain") else 1,
             checkpoint_every=5,
             log_every=4,
             evaluate=probe,

@@ -35,13 +35,22 @@ def assert_same(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torc
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, torch.Tensor]]]:
-    return {job: start(tmp_path_factory.mktemp(job) / "run", job, "auto", 1) for job in ("one", "three", "language")}
+    return {
+        job: start(tmp_path_factory.mktemp(job) / "run", job, "auto", 1)
+        for job in ("one", "plain", "three", "language")
+    }
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("job", ["one", "three", "language"])
 def test_two_processes_match_one(tmp_path: Path, alone: dict, job: str, strategy: str) -> None:
     assert_same(start(tmp_path / "run", job, strategy, 2), alone[job])
+
+
+@pytest.mark.parametrize("job", ["plain", "three"])
+def test_deepspeed_matches_one_process(tmp_path: Path, alone: dict, job: str) -> None:
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
+    assert_same(start(tmp_path / "run", job, "deepspeed", 2), alone[job])
 
 
 def test_a_sharded_run_resumes_from_its_checkpoint(tmp_path: Path, alone: dict) -> None:

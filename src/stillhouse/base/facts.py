@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -13,6 +14,11 @@ import psutil
 import torch
 
 PACKAGES = ("stillhouse", "torch", "lightning-fabric", "transformers", "datasets", "numpy")
+
+
+def digest(*parts: Any) -> str:
+    """A fingerprint of JSON-like values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def code_fingerprint() -> str:

@@ -1,4 +1,4 @@
-"""Modules and states whose tensors may be sharded over processes (FSDP2), handled as if they were whole."""
+"""Modules and states whose tensors are sharded over processes (FSDP2): made, and handled as if they were whole."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stillhouse.base.errors import RunError
+
+
+def shard_blocks(module: nn.Module, mesh: Any) -> nn.Module:
+    """Shard a model with FSDP2: every entry of a ``ModuleList`` is a unit, and what is left is the root's."""
+    data = mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                if any(True for _ in block.parameters()):
+                    fully_shard(block, mesh=data)
+    fully_shard(module, mesh=data)
+    return module
 
 
 def full(tree: Any) -> Any:

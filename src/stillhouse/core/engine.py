@@ -7,24 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning_fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from stillhouse.base.errors import ConfigError
-
-
-def shard_blocks(module: nn.Module, mesh: Any) -> nn.Module:
-    """Shard a model with FSDP2: every entry of a ``ModuleList`` is a unit, and what is left is the root's."""
-    data = mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh
-    for child in module.modules():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                if any(True for _ in block.parameters()):
-                    fully_shard(block, mesh=data)
-    fully_shard(module, mesh=data)
-    return module
+from stillhouse.base.sharded import shard_blocks
 
 
 @dataclass(kw_only=True)
@@ -34,7 +23,8 @@ class Engine:
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
-    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    deepspeed: str | dict[str, Any] | None = None  # its configuration, or the path of one; None: ZeRO stage 2
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
     shard: Callable[[nn.Module, Any], nn.Module] = shard_blocks
 
@@ -52,6 +42,10 @@ class Engine:
         elif self.strategy == "fsdp2":
             strategy = ModelParallelStrategy(self.shard, data_parallel_size=world, tensor_parallel_size=1)
         try:
+            if self.strategy == "deepspeed":
+                strategy = DeepSpeedStrategy(config=self.deepspeed, stage=2)
+                if strategy.zero_stage_3:
+                    raise ValueError("DeepSpeed's ZeRO stage 3 splits the weights; use strategy=fsdp2 for that")
             fabric = Fabric(
                 accelerator=self.accelerator,
                 devices=self.devices,
@@ -63,6 +57,20 @@ class Engine:
             raise ConfigError(f"cannot start the engine: {' '.join(str(error).split())}") from error
         fabric.launch()
         return fabric
+
+
+def is_deepspeed(fabric: Fabric) -> bool:
+    """Whether model and optimizer become one engine, which scales, clips, accumulates and steps by itself."""
+    return isinstance(fabric.strategy, DeepSpeedStrategy)
+
+
+def set_up_jointly(
+    fabric: Fabric, module: nn.Module, optimizer: torch.optim.Optimizer, *, clip: float | None, accumulate: int
+) -> tuple[Any, Any, Any]:
+    """A model and its optimizer as one DeepSpeed engine: what to call, whose learning rate to set, what to step."""
+    fabric.strategy.config |= {"gradient_clipping": clip or 0.0, "gradient_accumulation_steps": accumulate}
+    wrapped, own = fabric.setup(module, optimizer)
+    return wrapped, own.optimizer, fabric.strategy.model
 
 
 def is_sharded(fabric: Fabric) -> bool:

@@ -14,7 +14,7 @@ from stillhouse.base.errors import ConfigError
 from stillhouse.core.ema import EMA
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
-from stillhouse.core.schedule import Constant, Schedule
+from stillhouse.core.schedule import AdaptiveSchedule, Constant, Schedule
 
 OptimizerFactory = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -59,7 +59,7 @@ class Player:
         models: the observed model(s) it trains.
         objective: what it minimises.
         optimizer: called with parameter groups, gives a ``torch.optim.Optimizer`` (`adamw`, `sgd`, or any callable).
-        lr: factor on the optimizer's learning rate over the run.
+        lr: factor on the optimizer's learning rate over the run; one with state is saved with the objective.
         every: it plays in steps 0, every, 2 * every, ...
         repeats: turns per step, each on a fresh batch.
         clip: largest gradient norm; None leaves gradients alone.
@@ -74,7 +74,7 @@ class Player:
     objective: Objective
     _: KW_ONLY
     optimizer: OptimizerFactory = field(default_factory=adamw)
-    lr: Schedule = Constant(1.0)
+    lr: Schedule | AdaptiveSchedule = Constant(1.0)
     every: int = 1
     repeats: int = 1
     clip: float | None = None
@@ -86,6 +86,8 @@ class Player:
         self.trained = [self.models] if isinstance(self.models, Observed) else list(self.models)
         if self.every < 1 or self.repeats < 1:
             raise ConfigError(f"player {self.name!r}: every and repeats must be at least 1")
+        if isinstance(self.lr, AdaptiveSchedule):
+            self.objective.add_module("learning_rate", self.lr)
         for model in self.trained:
             if model.frozen:
                 raise ConfigError(f"player {self.name!r} trains {model.name}, which was observed with frozen=True")

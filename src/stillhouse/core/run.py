@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from lightning_fabric import Fabric
 from platformdirs import user_cache_path
 
 from stillhouse.base.errors import Interrupted, RunError, StillhouseError
-from stillhouse.base.facts import machine, revision, versions
+from stillhouse.base.facts import digest, machine, revision, versions
 from stillhouse.base.fields import field_help, field_hints
 from stillhouse.base.files import locked, read_json, room_to_write, seed_all, sweep, write_json
 from stillhouse.base.monitor import Bar, PeakMemory, Tracker, progress_bar, start_trackers
@@ -33,11 +32,6 @@ from stillhouse.core.system import System
 def cache_folder() -> Path:
     """Where stages shared between runs are kept: ``STILLHOUSE_CACHE`` or the user's cache folder."""
     return Path(os.environ.get("STILLHOUSE_CACHE") or user_cache_path("stillhouse"))
-
-
-def digest(*parts: Any) -> str:
-    """A fingerprint of JSON-like values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 class Run:

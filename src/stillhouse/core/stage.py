@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ class Context:
         return self.folder / "artifact"
 
     def save(self, value: Any, *, saver: Saver | None = None, files: Mapping[str, Any] | None = None) -> str:
-        """Write the stage's artifact, whole or not at all; returns its kind. ``files``: extra JSON files."""
+        """Write the stage's artifact, whole or not at all; returns its kind. ``files``: more, as text or as JSON."""
         with whole_folder(self.artifact_path) as temporary:
             if saver is not None:
                 saver(value, temporary)
@@ -40,7 +41,8 @@ class Context:
             else:
                 kind = save_artifact(value, temporary)
             for name, content in (files or {}).items():
-                (temporary / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+                text = content if isinstance(content, str) else json.dumps(content, indent=1)
+                (temporary / name).write_text(text, encoding="utf-8")
         return kind
 
 
@@ -68,7 +70,7 @@ class Function(Stage):
     """A stage that is one function: it gets the `Context` and returns what to save.
 
     The function may return a model, a `Table`, a data set, plain JSON values, or None after writing files with
-    ``context.save``; or a pair of one of these and a dict of further JSON files.
+    ``context.save``; or a pair of one of these and a dict of further files (text as it is, other values as JSON).
     """
 
     def __init__(
@@ -117,6 +119,8 @@ class Generate(Stage):
     Args:
         requests: ``key -> request``; keys identify requests across restarts.
         write: makes the record (a flat dict) for a request, or returns None to drop it.
+        together: ``write`` gets all requests that are left, by key, and yields ``(key, record)`` in any order: for
+            teachers that answer several at a time.
 
     Every record is on disk as soon as it is made: after a kill nothing is asked twice and nothing is lost.
     """
@@ -127,13 +131,15 @@ class Generate(Stage):
         self,
         name: str,
         requests: Mapping[str, Any] | Iterable[tuple[str, Any]],
-        write: Callable[[Any], dict[str, Any] | None],
+        write: Callable[[Any], Any],
         *,
+        together: bool = False,
         cache: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(name, cache=cache)
         self.requests = dict(requests)
         self.write = write
+        self.together = together
 
     def execute(self, context: Context) -> str:
         if not context.run.main:  # one process asks; the others wait for the artifact
@@ -144,13 +150,14 @@ class Generate(Stage):
         journal = MetricsFile(context.folder / "records.jsonl")
         done = {line["key"]: line["record"] for line in journal.read() if line["key"] in self.requests}
         journal.rewrite([{"key": key, "record": record} for key, record in done.items()])
-        with context.run.progress(self.name, len(self.requests), unit="records") as bar:
+        left = {key: request for key, request in self.requests.items() if key not in done}
+        made = self.write(left) if self.together else ((key, self.write(left[key])) for key in left)
+        with context.run.progress(self.name, len(self.requests), unit="records") as bar, closing(made):
             bar.update(len(done))
-            for key, request in self.requests.items():
-                if key not in done:
-                    done[key] = self.write(request)
-                    journal.append({"key": key, "record": done[key]}, sync=True)
-                    bar.update(len(done))
+            for key, record in made:
+                done[key] = record
+                journal.append({"key": key, "record": record}, sync=True)
+                bar.update(len(done))
         records = [{"key": key, **done[key]} for key in self.requests if done[key] is not None]
         names = dict.fromkeys(name for record in records for name in record)  # not every record has every field
         context.results = {"records": len(records), "dropped": len(done) - len(records)}

@@ -20,7 +20,7 @@ from stillhouse.base.files import Checkpoints, check_room, random_state, restore
 from stillhouse.base.monitor import StopRequest
 from stillhouse.base.sharded import clip_gradients, full, load_module_state, load_optimizer_state, whole
 from stillhouse.core.artifact import Saver
-from stillhouse.core.engine import average_gradients, is_sharded, place
+from stillhouse.core.engine import average_gradients, is_deepspeed, is_sharded, place, set_up_jointly
 from stillhouse.core.objective import TermValue, gradient_shares, total
 from stillhouse.core.observed import Observed, Turn, as_batch, with_feeds
 from stillhouse.core.player import Player
@@ -85,7 +85,8 @@ class Train(Stage):
         self.together = together
         self.evaluate = evaluate
         self.eval_every = eval_every or max(1, steps // 10)
-        self.best = best
+        self.best = None if best is None else best.removeprefix("-")
+        self.sign = -1 if best is not None and best.startswith("-") else 1
         self.patience = patience
         self.result = result
         self.save = save
@@ -121,9 +122,12 @@ class _Loop:
         self.run_ = context.run
         self.fabric = context.run.fabric
         self.sharded = is_sharded(self.fabric)
-        plain = not self.sharded and self.run_.engine.precision in ("32-true", "64-true")
+        self.deepspeed = is_deepspeed(self.fabric)
+        plain = not self.sharded and not self.deepspeed and self.run_.engine.precision in ("32-true", "64-true")
         self.shares_every = stage.shares_every if plain else 0  # one backward a term: wrappers allow only the whole
-        self.bare = self.run_.engine.precision == "32-true" and self.fabric.world_size == 1  # wrappers would do nothing
+        self.bare = (
+            plain and self.run_.engine.precision == "32-true" and self.fabric.world_size == 1
+        )  # wrappers would do nothing
         self.autocast = nullcontext if self.bare else self.fabric.autocast
         self.checkpoints = Checkpoints(context.folder / "checkpoints")
         self.step = 0
@@ -171,8 +175,9 @@ class _Loop:
             for key, model in trained.items():
                 addresses = {s.address for s in signals if id(s.observed.module) == key}
                 model.tapped.compile(addresses, **options)
-        wrap = partial(place, fabric) if self.bare else fabric.setup_module
-        self.engines = {key: wrap(model.tapped) for key, model in trained.items()}
+        if not self.deepspeed:
+            wrap = partial(place, fabric) if self.bare else fabric.setup_module
+            self.engines = {key: wrap(model.tapped) for key, model in trained.items()}
         for key, model in heard.items():
             if key not in trained:
                 place(fabric, model.tapped)
@@ -185,9 +190,29 @@ class _Loop:
         self.parameters = {player.name: player.parameters() for player in self.players}
         self.optimizers = [player.optimizer([{"params": self.parameters[player.name]}]) for player in self.players]
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.steppers = self.optimizers if self.bare else [fabric.setup_optimizers(o) for o in self.optimizers]
+        self.steppers: list[Any] = []
+        if self.deepspeed:
+            self._set_up_deepspeed()
+        else:
+            self.steppers = self.optimizers if self.bare else [fabric.setup_optimizers(o) for o in self.optimizers]
         for model in trained.values():
             model.module.train(model.mode == "train")
+
+    def _set_up_deepspeed(self) -> None:
+        self.engines = {}
+        for index, (player, optimizer) in enumerate(zip(self.players, self.optimizers, strict=True)):
+            theirs = list(player.objective.parameters())
+            if len(player.trained) > 1 or theirs or self.stage.together or id(player.trained[0].module) in self.engines:
+                raise RunError(
+                    f"stage {self.stage.name!r}, player {player.name!r}: DeepSpeed trains one model a player, each its "
+                    "own, without parameters in the objective and not together; use strategy=ddp or fsdp2"
+                )
+            engine, own, stepper = set_up_jointly(
+                self.fabric, player.trained[0].tapped, optimizer, clip=player.clip, accumulate=self.stage.accumulate
+            )
+            self.engines[id(player.trained[0].module)] = engine
+            self.optimizers[index] = own
+            self.steppers.append(stepper)
 
     def _size_lazy_parameters(self, player: Player) -> None:
         """Let projections find their widths on the first batch, which is then put back."""
@@ -280,11 +305,13 @@ class _Loop:
         with self._live(cast):
             for micro, batch in enumerate(batches):
                 with ExitStack() as stack:
-                    if micro < len(batches) - 1 and not self.bare:
+                    if micro < len(batches) - 1 and not self.bare and not self.deepspeed:
                         for _, engine in cast.engines:
                             stack.enter_context(self.fabric.no_backward_sync(engine))
                     for index in playing:
                         self._backward(self.players[index], cast.turn, batch, progress, keep=index != playing[-1])
+                        if self.deepspeed and micro < len(batches) - 1:
+                            self.steppers[index].step()  # only counts
                 cast.turn.clear()
         for index in playing:
             self._update(index, progress)
@@ -302,7 +329,9 @@ class _Loop:
             self._log()
         # Players that share a turn must not leave gradients in each other's weights.
         only = {"inputs": self.parameters[player.name]} if stage.together and not self.sharded else {}
-        if loss.requires_grad:
+        if self.deepspeed:
+            self.fabric.backward(loss, model=self.engines[id(player.trained[0].module)])
+        elif loss.requires_grad:
             loss = loss if stage.accumulate == 1 else loss / stage.accumulate
             backward = Tensor.backward if self.bare else self.fabric.backward
             backward(loss, retain_graph=keep or None, **only)
@@ -312,7 +341,7 @@ class _Loop:
         average_gradients(self.fabric, player.objective)
         for group, rate in zip(optimizer.param_groups, self.rates[index], strict=True):
             group["lr"] = rate * player.lr(progress)
-        if player.clip is not None:
+        if player.clip is not None and not self.deepspeed:
             self.fabric.strategy.precision.unscale_gradients(optimizer)
             self.norms.setdefault(player.name, []).append(clip_gradients(self.parameters[player.name], player.clip))
         self.steppers[index].step()
@@ -424,10 +453,10 @@ class _Loop:
         self.context.metrics.append({"step": self.step, "kind": "eval", "metrics": self.figures})
         self.context.metrics.track(self.figures, self.step)
         if self.stage.best is not None:
-            name = self.stage.best.removeprefix("-")
-            if name not in self.figures:
-                raise RunError(f"stage {self.stage.name!r}: best={name!r} is not among {', '.join(self.figures)}")
-            value = self.figures[name] * (-1 if self.stage.best.startswith("-") else 1)
+            if self.stage.best not in self.figures:
+                known = ", ".join(self.figures)
+                raise RunError(f"stage {self.stage.name!r}: best={self.stage.best!r} is not among {known}")
+            value = self.stage.sign * self.figures[self.stage.best]
             if value < self.best["value"]:
                 state_dict = {key: t.clone() for key, t in full(self._result().state_dict()).items()}
                 self.best = {"value": value, "step": self.step, "waited": 0, "state": state_dict}
@@ -460,9 +489,8 @@ class _Loop:
     def _sound(self, model: Observed) -> dict[str, Tensor]:
         """The weights of a model, for saving: not if they went bad, which a gradient does where no term shows it."""
         state = full(model.module.state_dict())
-        trainable = {name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
-        for name, tensor in state.items():
-            if name in trainable and not torch.isfinite(tensor).all():
+        for name, parameter in model.module.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(state[name]).all():
                 raise self._gone_bad(self.step, f"the weights {name!r} of {model.name} became nan or infinite")
         return state
 
@@ -486,6 +514,8 @@ class _Loop:
         return {**full(state), "random": random_states}
 
     def _save_checkpoint(self) -> None:
+        if self.deepspeed:  # which pickles its optimizers' state: after a kill this stage begins again
+            return
         state = self._state()
         if self.run_.main:
             self.checkpoints.save(self.step, state)
@@ -526,15 +556,15 @@ class _Loop:
         for model in self.trained.values():
             self._sound(model)
         result = self._result()
-        if self.best["state"] is not None:
-            load_module_state(result, self.best["state"])
-            self.context.facts["best_step"] = self.best["step"]
         self.context.results = {**self.figures, "steps": self.step}
         if self.best["state"] is not None and self.stage.best:
-            name = self.stage.best.removeprefix("-")
-            self.context.results[name] = self.best["value"] * (-1 if self.stage.best.startswith("-") else 1)
+            load_module_state(result, self.best["state"])
+            self.context.facts["best_step"] = self.best["step"]
+            self.context.results[self.stage.best] = self.stage.sign * self.best["value"]
         self.context.facts.update(steps=self.step, seconds=self.elapsed)
         kind = "model"
+        for parameter in result.parameters() if self.deepspeed else ():  # slices of one buffer
+            parameter.data = parameter.detach().clone()
         if self.skeleton is not None:
             self.skeleton.load_state_dict(full(result.state_dict()), assign=True)
             result = self.skeleton
