@@ -297,6 +297,10 @@ def make_run(root: Path, *, status: str = "done", error: str | None = None) -> P
             "not an object",
         ],
     )
+    (evaluate / "artifact" / "picture & co.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20"><rect width="40" height="20" fill="red"/>'
+        "<script>document.title='owned'</script></svg>"
+    )
     audit = stages / "04-leakage"
     write_json(
         audit / "stage.json",

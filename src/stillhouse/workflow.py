@@ -134,12 +134,15 @@ def stage_artifacts(folder: Path) -> dict[str, Artifact]:
 
 
 def _cards(folder: Path, system: System) -> None:
-    """Give every model that this run made a card, and the final one an easy path: ``RUN/model``."""
+    """Give every model of this run a card, and what the run was for an easy path: ``RUN/model`` or ``RUN/data``."""
     record = run_record(folder)
     config = record["config"]
     for name, artifact in stage_artifacts(folder).items():
-        if folder not in artifact.path.parents or not (artifact.path / "config.json").exists():
+        if folder not in artifact.path.parents:
             continue
-        write_model_card(folder, artifact.path, teacher=config.get("teacher"), dataset=config.get("data"), figures=None)
-        if name == system.product and not (folder / "model").exists():
-            (folder / "model").symlink_to(artifact.path.relative_to(folder), target_is_directory=True)
+        if any((artifact.path / file).exists() for file in ("config.json", "model_index.json")):
+            teacher, dataset = config.get("teacher"), config.get("data")
+            write_model_card(folder, artifact.path, teacher=teacher, dataset=dataset, figures=None)
+        easy = folder / artifact.kind
+        if name == system.product and artifact.kind in ("model", "data") and not easy.exists():
+            easy.symlink_to(artifact.path.relative_to(folder), target_is_directory=True)

@@ -91,6 +91,11 @@ def render(run: RunRecord) -> str:
         results=[stage for stage in run.stages if stage.table],
         reliability=_reliability(run),
         reliability_keys=RELIABILITY_KEYS,
+        pictures=[
+            (f"{stage.label}: {name}", base64.b64encode(content).decode())
+            for stage in run.stages
+            for name, content in stage.pictures.items()
+        ],
         samples=samples[:MOST_SAMPLES],
         samples_left=max(len(samples) - MOST_SAMPLES, 0),
         open_samples=OPEN_SAMPLES,

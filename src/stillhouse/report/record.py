@@ -16,6 +16,8 @@ from typing import Any
 from stillhouse.base.errors import RunError
 from stillhouse.report.wording import hide_arguments, hide_field, hide_secrets, listed, mapping, number, show, text
 
+MOST_PICTURE_BYTES = 4 << 20
+
 
 @dataclass(frozen=True)
 class Column:
@@ -86,6 +88,7 @@ class StageRecord:
     table: Table | None = None
     reliability: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    pictures: dict[str, bytes] = field(default_factory=dict)  # the SVG files of the artifact, by name
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -217,8 +220,19 @@ def _read_stage(folder: Path, *, run_failed: bool) -> StageRecord:
             for one in listed(_read_json(artifact / "samples.json", problems, optional=True))
             if isinstance(one, dict)
         ],
+        pictures=_pictures(artifact, problems),
         problems=problems,
     )
+
+
+def _pictures(artifact: Path, problems: list[str]) -> dict[str, bytes]:
+    found = {}
+    for file in sorted(artifact.glob("*.svg")):
+        if file.stat().st_size > MOST_PICTURE_BYTES:
+            problems.append(f"{file.name} is larger than {MOST_PICTURE_BYTES >> 20} MiB and is not shown")
+        else:
+            found[file.stem] = file.read_bytes()
+    return found
 
 
 def _table(raw: Any) -> Table | None:
