@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -92,8 +92,13 @@ def configurations(claim: Claim) -> dict[str, dict[str, Any]]:
     """What each variant of a claim is run with, in full."""
     return {
         variant: {"system": source, **get_system(source).make(**overrides).config()}
-        for variant, (source, overrides) in claim.variants.items()
+        for variant, (source, overrides) in _compared(claim).items()
     }
+
+
+def _compared(claim: Claim) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """The two variants a claim is about, of those it may share with others."""
+    return {name: claim.variants[name] for name in (claim.method, claim.baseline)}
 
 
 def stale(results: Path = RESULTS) -> list[str]:
@@ -123,7 +128,7 @@ def _check_one(
             {**values, "seed": seed},
             folder / f"{system.name()}-{code_fingerprint()}" / f"{variant}-{seed}",
         )
-        for variant, (source, values) in claim.variants.items()
+        for variant, (source, values) in _compared(claim).items()
         for seed in range(seeds)
     }
     first, *rest = jobs.values()
@@ -136,7 +141,7 @@ def _check_one(
         for count, done in enumerate(as_completed([pool.submit(_run_one, *job) for job in rest]), start=2):
             done.result()
             bar.update(count)
-    values: dict[str, list[float]] = {variant: [] for variant in claim.variants}
+    values: dict[str, list[float]] = {variant: [] for variant in _compared(claim)}
     for (variant, _), (_, _, where) in jobs.items():
         values[variant].append(float(claim.measure(stage_artifacts(where))))
     found = judge(values[claim.method], values[claim.baseline], higher_is_better=claim.higher_is_better)

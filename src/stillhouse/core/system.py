@@ -51,7 +51,7 @@ class Claim:
         statement: what is claimed, in words.
         metric: what is measured, in words, with its unit.
         method, baseline: names of two entries of ``variants``.
-        variants: ``name -> (system name, field overrides)``; all run under the same budget.
+        variants: ``name -> (system name, field overrides)``, of one budget; several claims may share them.
         measure: the figure of one variant, from the artifacts of its stages by name.
         higher_is_better: the direction of ``metric``.
         scope: whether this is the paper's central claim or a weaker consequence that must hold too.

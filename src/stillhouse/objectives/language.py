@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.core.objective import Term, TermValue
-from stillhouse.core.observed import Batch, Observed, Signal
+from stillhouse.core.observed import Batch, Observed, Signal, View
 from stillhouse.core.schedule import Progress, Scheduled
 from stillhouse.losses.divergences import RowDivergence
 from stillhouse.losses.linear_divergence import linear_cross_entropy, linear_divergence
@@ -36,10 +36,14 @@ class LanguageHead:
         return {f"{prefix}_{key}": signal.detach() if detach else signal for key, signal in found.items()}
 
 
-def head_of(model: Observed) -> LanguageHead:
-    """The output head of an observed ``transformers`` causal LM; the model's forward then ends before the head."""
-    head = output_head(model.module)
-    names = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
+def head_of(model: Observed | View) -> LanguageHead:
+    """The output head of an observed ``transformers`` language model, or of one view of it.
+
+    The model's forward then ends before the head.
+    """
+    module: Any = model.observed.module if isinstance(model, View) else model.module
+    head = output_head(module)
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     bias = f"{head.path}.bias"
     return LanguageHead(
         hidden=model.tap(head.path, of="input"),

@@ -1,0 +1,1 @@
+"""Audits: measurements that any distilled model can be put through."""

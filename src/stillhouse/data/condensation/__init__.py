@@ -1,0 +1,1 @@
+"""Data sets made small: computation trees, frequent sets, expert trajectories, learnable images."""

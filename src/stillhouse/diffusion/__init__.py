@@ -1,0 +1,1 @@
+"""Diffusion: noise processes, what denoisers predict, samplers, guidance."""

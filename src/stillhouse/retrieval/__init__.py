@@ -1,0 +1,1 @@
+"""Search: by words, by vectors, and by both in one list."""

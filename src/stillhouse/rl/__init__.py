@@ -1,0 +1,1 @@
+"""Reinforcement learning from verifiable rewards: rollouts of a live policy, advantages, routing."""

@@ -1,0 +1,1 @@
+"""Systems that distil what agents did and know."""

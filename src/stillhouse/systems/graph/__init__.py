@@ -1,0 +1,1 @@
+"""Systems that distil graph data and graph networks."""

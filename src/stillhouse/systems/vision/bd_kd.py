@@ -1,0 +1,150 @@
+"""BD-KD: teacher and student learn together, and the student's divergence is balanced sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from stillhouse.core.artifact import Artifact
+from stillhouse.core.observed import Observed
+from stillhouse.core.player import Player
+from stillhouse.core.run import Run
+from stillhouse.core.stage import Stage
+from stillhouse.core.system import Claim, Meta
+from stillhouse.losses.balanced import EntropyBalancedKL
+from stillhouse.losses.divergences import ForwardKL, ReverseKL, RowDivergence
+from stillhouse.objectives.mutual import with_peers
+from stillhouse.tasks.vision import VisionSystem, VisionTask
+
+
+@dataclass(kw_only=True)
+class BDKD(VisionSystem):
+    """Balancing the divergences for online knowledge distillation (Amara et al., 2022, arXiv 2212.12965).
+
+    The student adds to the cross-entropy a KL(teacher || student) + b KL(student || teacher), with b = ``nu`` where it
+    is less confident than the teacher and a = ``nu`` elsewhere. The teacher, which learns at the same time, adds
+    KL(teacher || student). ``exchange=dml`` is deep mutual learning: both add the KL that has the learner second.
+    """
+
+    meta = Meta(
+        card=120,
+        title="BD-KD",
+        domain="vision",
+        family="online logit KD, forward and reverse KL balanced",
+        citation="Amara et al. (2022), BD-KD: Balancing the Divergences for Online Knowledge Distillation, "
+        "arXiv 2212.12965",
+        feedback=("logits", "labels"),
+        granularity="sample",
+        algorithm="divergence",
+        scheme="online",
+        modality="image",
+    )
+    demo: ClassVar = {
+        **VisionSystem.demo,
+        "student": "scale:0.05",
+        "train_size": 300,
+        "noise": 0.35,  # new in every batch: without it both networks know the images by heart
+        "epochs": 150.0,
+        "lr": 0.03,
+        "clip": 2.0,
+    }
+
+    nu: Annotated[float, "weight of the direction of the KL that the student needs more; the other has 1", Gt(0)] = 2.0
+    temperature: Annotated[float, "softens both distributions", Gt(0)] = 1.0
+    weight: Annotated[float, "of what the networks learn from each other; 0: each from the labels alone", Ge(0)] = 1.0
+    exchange: Annotated[Literal["bd-kd", "dml"], "what they learn from each other"] = "bd-kd"
+    students: Annotated[int, "students that learn together; the first one is the result", Ge(1)] = 1
+    online: Annotated[bool, "the teacher learns too; off: it is trained already, and frozen"] = True
+
+    def divergences(self) -> tuple[RowDivergence, RowDivergence]:
+        """Of a student to its peers, and of the teacher to the students."""
+        if self.exchange == "dml":
+            return ForwardKL(temperature=self.temperature), ForwardKL(temperature=self.temperature)
+        return EntropyBalancedKL(nu=self.nu, temperature=self.temperature), ReverseKL(temperature=self.temperature)
+
+    def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
+        task = yield from VisionTask.prepare(self, run, teacher=not self.online)
+        teacher = Observed(task.new_teacher(), name="teacher") if self.online else task.observed_teacher()
+        names = ["student", *(f"student-{number}" for number in range(2, self.students + 1))]
+        students = [Observed(task.new_student(offset), name=name) for offset, name in enumerate(names)]
+        of_students, of_teacher = self.divergences()
+        match = partial(with_peers, weight=self.weight)
+        players: list[Player] = []
+        for student in students:
+            peers = [teacher, *(other for other in students if other is not student)]
+            objective = match(student.output("logits"), [p.output("logits") for p in peers], of_students)
+            players.append(task.player(student.name, student, objective))
+        if self.online:
+            objective = match(teacher.output("logits"), [s.output("logits") for s in students], of_teacher)
+            players.append(task.player("teacher", teacher, objective))
+
+        def save(model: Any, folder: Path) -> None:
+            """The student, and its companions in folders of their own."""
+            task.save(model, folder)
+            for player in players[1:]:
+                task.save(player.trained[0].module, folder / player.name)
+
+        trained = yield task.stage("student", players, save=save, together=True)
+        models: dict[str, Artifact | Path] = {"student": trained}
+        models |= {player.name: trained.path / player.name for player in players[1:]}
+        if self.baseline:
+            models["baseline"] = yield task.baseline()
+        yield task.evaluation(models)
+
+    def claims(self) -> list[Claim]:
+        variants: dict[str, tuple[str, dict[str, Any]]] = {
+            "bd-kd": ("bd-kd", {"baseline": False}),
+            "mutual learning": ("bd-kd", {"exchange": "dml", "baseline": False}),
+            "labels alone": ("bd-kd", {"weight": 0.0, "baseline": False}),
+        }
+
+        def gap(metrics: Mapping[str, float]) -> float:
+            return abs(metrics["student/entropy"] - metrics["teacher/entropy"])
+
+        def claim(statement: str, metric: str, against: str, figure: Callable[[Mapping[str, float]], float]) -> Claim:
+            return Claim(
+                statement=statement,
+                metric=metric,
+                method="bd-kd",
+                baseline=against,
+                variants={name: variants[name] for name in ("bd-kd", against)},
+                measure=lambda artifacts: figure(artifacts["evaluation"].metrics),
+                higher_is_better="accuracy" in metric,
+                scope="central" if against == "mutual learning" else "consequence",
+                seeds=3,
+                budget="equal steps, batches and initial weights of both networks",
+            )
+
+        accuracy, ece = itemgetter("student/accuracy"), itemgetter("student/ece")
+        return [
+            claim(
+                "balanced divergences give a more accurate student than mutual learning",
+                "the student's accuracy on noisy test digits",
+                "mutual learning",
+                accuracy,
+            ),
+            claim(
+                "and a better calibrated one",
+                "the student's expected calibration error on noisy test digits, 15 bins",
+                "mutual learning",
+                ece,
+            ),
+            claim(
+                "the student is more accurate than one that learns from the labels alone",
+                "the student's accuracy on noisy test digits",
+                "labels alone",
+                accuracy,
+            ),
+            claim(
+                "its confidence comes nearer to the teacher's than that of two networks that learn apart",
+                "difference of the mean entropies of student and teacher on noisy test digits, nats",
+                "labels alone",
+                gap,
+            ),
+        ]
