@@ -144,5 +144,6 @@ def _cards(folder: Path, system: System) -> None:
             teacher, dataset = config.get("teacher"), config.get("data")
             write_model_card(folder, artifact.path, teacher=teacher, dataset=dataset, figures=None)
         easy = folder / artifact.kind
-        if name == system.product and artifact.kind in ("model", "data") and not easy.exists():
+        if name == system.product and artifact.kind in ("model", "data"):
+            easy.unlink(missing_ok=True)  # of an earlier configuration
             easy.symlink_to(artifact.path.relative_to(folder), target_is_directory=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stillhouse.base.errors import ModelError, near, one_line, suggest
+from stillhouse.models.conversion import is_converted, load_converted
 from stillhouse.models.errors import clear_errors
 
 if TYPE_CHECKING:
@@ -52,8 +53,14 @@ def load_causal_lm(
     wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if wanted != "auto" and not isinstance(wanted, torch.dtype):
         raise ModelError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
-    config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     folder = _local_folder(name)
+    if folder is not None and is_converted(folder):  # attention replaced by stillhouse: a model type of its own
+        _check_files(folder)
+        model = load_converted(folder, dtype=None if wanted == "auto" else wanted)
+        tokenizer = _load_tokenizer(name, folder, revision=revision, trust_remote_code=False)
+        _check_ids_fit(name, model, tokenizer)
+        return model, tokenizer
+    config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     if folder is not None:
         _check_files(folder)
     with clear_errors(name):

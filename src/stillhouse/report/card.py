@@ -15,6 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from stillhouse.base.errors import RunError
 from stillhouse.base.files import whole_file
+from stillhouse.models.conversion import is_converted
 from stillhouse.report.record import RunRecord, StageRecord, Table, read_run
 from stillhouse.report.wording import command_line, duration, listed, mapping, number, plain, show, text
 
@@ -145,10 +146,17 @@ def _table(table: Table) -> str:
 
 def _load(model_dir: Path) -> str:
     names, lines = ["AutoModelForCausalLM"], ['model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")']
+    imports = []
+    if is_converted(model_dir):
+        names = []
+        imports = ["from stillhouse.models.conversion import load_converted"]
+        lines = ['model = load_converted("path/to/this/directory")']
     if any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         names.append("AutoTokenizer")
         lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")')
-    code = "\n".join([f"from transformers import {', '.join(names)}", "", *lines])
+    if names:
+        imports.append(f"from transformers import {', '.join(names)}")
+    code = "\n".join([*imports, "", *lines])
     return f"## How to load it\n\n```python\n{code}\n```"
 
 

@@ -103,31 +103,29 @@ class AgentMemory(AgentSystem):
         return datasets.Dataset.from_list(rows), {"rooms.json": [asdict(room) for room in index.values()]}
 
     def claims(self) -> list[Claim]:
-        metric = "MRR of the ten best results for recall questions"
-        budget = "the same memories, conversations and questions"
-        words = ("agent-memory", {"search": "distilled/bm25"})
+        def claim(statement: str, method: str, baseline: str, *, ratio: bool = False, central: bool = False) -> Claim:
+            modes = {"vectors": "distilled/vector", "words": "distilled/bm25"}
+            modes |= {"long vectors": "verbatim/vector", "both layers": "cross/vector+bm25"}
+            return Claim(
+                statement=statement,
+                metric="MRR of the ten best results for recall questions"
+                + (", as a ratio to the same search of the verbatim text" if ratio else ""),
+                method=method,
+                baseline=baseline,
+                variants={name: ("agent-memory", {"search": modes[name]}) for name in (method, baseline)},
+                measure=lambda artifacts: artifacts["evaluation"].metrics["ratio" if ratio else "mrr"],
+                higher_is_better=True,
+                scope="central" if central else "consequence",
+                seeds=3,
+                budget="the same memories, conversations and questions",
+            )
+
         return [
-            Claim(
-                statement="compression to a tenth preserves what vectors find, and not what words find",
-                metric=f"{metric}, as a ratio to the same search of the verbatim text",
-                method="vectors",
-                baseline="words",
-                variants={"vectors": ("agent-memory", {"search": "distilled/vector"}), "words": words},
-                measure=lambda artifacts: artifacts["evaluation"].metrics["ratio"],
-                higher_is_better=True,
-                seeds=3,
-                budget=budget,
-            ),
-            Claim(
-                statement="the short text's vectors with the long text's words find more than the short text's words",
-                metric=metric,
-                method="both layers",
-                baseline="words",
-                variants={"both layers": ("agent-memory", {"search": "cross/vector+bm25"}), "words": words},
-                measure=lambda artifacts: artifacts["evaluation"].metrics["mrr"],
-                higher_is_better=True,
-                scope="consequence",
-                seeds=3,
-                budget=budget,
+            claim("vectors find as much in texts of a tenth as in the whole", "vectors", "long vectors", central=True),
+            claim("compression to a tenth costs vectors less than words", "vectors", "words", ratio=True),
+            claim(
+                "the short texts' vectors with the long texts' words find more than the short texts' words",
+                "both layers",
+                "words",
             ),
         ]

@@ -51,7 +51,13 @@ class LogitLeakage(LanguageSystem):
         algorithm="divergence",
         stages=5,
     )
-    demo: ClassVar = {**LanguageSystem.demo, "queries": 450, "student": "layers=3", "temperature": 1.0}
+    demo: ClassVar = {
+        **LanguageSystem.demo,
+        "queries": 450,
+        "student": "layers=3",
+        "temperature": 1.0,
+        "audit_top_k": 64,
+    }
     smoke: ClassVar = {"queries": 60, "prompt_tokens": 6, "student": "layers=1", "audit_top_k": 8}
 
     student: Annotated[str, "how deep the clone is: layers=4, layers=6; its width is what the answers show"] = (

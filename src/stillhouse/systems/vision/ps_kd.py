@@ -85,23 +85,30 @@ class PSKD(VisionSystem):
         yield task.evaluation(models)
 
     def claims(self) -> list[Claim]:
-        few = {"train_size": 100, "batch_size": 32, "label_noise": 0.0, "baseline": False}
-        wrong = {"baseline": False}
-        variants: dict[str, tuple[str, dict[str, Any]]] = {
-            "few, ps-kd": ("ps-kd", few),
-            "few, labels alone": ("ps-kd", {**few, "alpha": 0.0}),
-            "few, label smoothing": ("ps-kd", {**few, "alpha": 0.0, "label_smoothing": 0.1}),
-            "wrong labels, ps-kd": ("ps-kd", wrong),
-            "wrong labels, labels alone": ("ps-kd", {**wrong, "alpha": 0.0}),
+        few: dict[str, Any] = {"train_size": 100, "batch_size": 32, "label_noise": 0.0, "baseline": False}
+        arms: dict[str, dict[str, Any]] = {
+            "ps-kd": {},
+            "labels alone": {"alpha": 0.0},
+            "label smoothing": {"alpha": 0.0, "label_smoothing": 0.1},
+        }
+        settings: dict[str, dict[str, Any]] = {
+            "a fifth of 300 labels wrong": {"baseline": False},
+            "100 right labels": few,
+        }
+        metrics = {
+            "ece": "expected calibration error, 15 bins",
+            "nll": "mean negative log-likelihood",
+            "aurc": "area under the risk-coverage curve",
+            "accuracy": "accuracy",
         }
 
-        def claim(statement: str, metric: str, figure: str, setting: str, against: str = "labels alone") -> Claim:
-            names = {"method": f"{setting}, ps-kd", "baseline": f"{setting}, {against}"}
+        def claim(setting: str, figure: str, against: str, statement: str) -> Claim:
             return Claim(
-                statement=statement,
-                metric=metric,
-                **names,
-                variants={name: variants[name] for name in names.values()},
+                statement=f"{statement} ({setting})",
+                metric=f"{metrics[figure]} on test digits, whose labels are right",
+                method="ps-kd",
+                baseline=against,
+                variants={name: ("ps-kd", {**settings[setting], **own}) for name, own in arms.items()},
                 measure=lambda artifacts: artifacts["evaluation"].metrics[f"student/{figure}"],
                 higher_is_better=figure == "accuracy",
                 scope="central" if against == "labels alone" else "consequence",
@@ -109,27 +116,10 @@ class PSKD(VisionSystem):
                 budget="equal steps, batches and initial weights",
             )
 
-        ece, nll = "expected calibration error on test images, 15 bins", "mean negative log-likelihood on test images"
+        better = "targets mixed with its own past opinion make a classifier better than its labels alone do"
+        smoothed = "its own past opinion calibrates a classifier better than labels smoothed by 0.1"
+        pairs = [(setting, figure) for setting in settings for figure in metrics]
         return [
-            claim(
-                "learning from labels mixed with its own past opinion, a classifier of 100 digits is better calibrated "
-                "than one that learns from the labels alone",
-                ece,
-                "ece",
-                "few",
-            ),
-            claim("and its predictions of the test images are likelier", nll, "nll", "few"),
-            claim("and it is better calibrated than with labels smoothed by 0.1", ece, "ece", "few", "label smoothing"),
-            claim(
-                "where a fifth of 300 labels is wrong, it is more accurate than the classifier of the labels alone",
-                "accuracy on test images, whose labels are right",
-                "accuracy",
-                "wrong labels",
-            ),
-            claim(
-                "and its confidence tells right from wrong better",
-                "area under the risk-coverage curve on test images",
-                "aurc",
-                "wrong labels",
-            ),
+            *(claim(setting, figure, "labels alone", better) for setting, figure in pairs),
+            *(claim(setting, "ece", "label smoothing", smoothed) for setting in settings),
         ]

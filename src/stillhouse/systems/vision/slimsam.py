@@ -92,12 +92,10 @@ class SlimSAM(SegmentationSystem):
         for number, part in enumerate(parts, start=1):
             cut = yield Transform(f"prune-{'-'.join(part)}", partial(self.prune, task, model, part), save=task.save)
             name = "student" if number == len(parts) else "intermediate"
-            objective: Callable[[Observed], Objective]
-            if not self.alternate:
-                objective = partial(self.embedding_alone, teacher=teacher)
-            elif number == 1:
+            objective: Callable[[Observed], Objective] = partial(self.embedding_alone, teacher=teacher)
+            if self.alternate and number == 1:
                 objective = partial(self.bottleneck_aligning, teacher=teacher)
-            else:
+            elif self.alternate:
                 intermediate = Observed(model.vision_encoder, frozen=True, name="intermediate")
                 objective = partial(self.embedding_aligning, teacher=teacher, intermediate=intermediate)
             trained = yield task.distil(
@@ -136,8 +134,7 @@ class SlimSAM(SegmentationSystem):
         if self.importance == "magnitude":
             return pruning.magnitude_scores(model.vision_encoder, groups)
         target = Observed(source.vision_encoder, frozen=True, name="target")
-        student = Observed(model.vision_encoder, name="student", mode="eval")
-        noise = self.noise if self.importance == "disturbed" else 0.0
+        student, noise = Observed(model.vision_encoder, mode="eval"), self.noise * (self.importance == "disturbed")
         loss = DisturbedMSE(sam.image_embedding(student), sam.image_embedding(target), std=noise)
         images = task.batches(shuffle=False, limit=self.gradient_images)
         batches = (task.run.fabric.to_device(next(images)) for _ in range(len(images)))
@@ -154,9 +151,7 @@ class SlimSAM(SegmentationSystem):
         return objective + weight * FeatureSetMSE(sam.mlp_taps(student), sam.mlp_taps(teacher), name="mlp hidden")
 
     def embedding_aligning(self, student: Observed, *, teacher: Observed, intermediate: Observed) -> Objective:
-        """(1 - a) MSE to the teacher's embedding + a (MSE to the intermediate model's residual stream and embedding).
-
-        The intermediate model is as wide as the student there."""
+        """(1 - a) MSE to the teacher's embedding + a (MSE to the intermediate model's residual stream + embedding)."""
         weight, rest = self.dynamic_weights()
         return (
             rest * self.embedding_alone(student, teacher=teacher)
