@@ -115,7 +115,20 @@ def stale(results: Path = RESULTS) -> list[str]:
 
 def _up_to_date(record: dict[str, Any], claims: list[Claim]) -> bool:
     checked = [record, *record.get("further", [])]
-    return [one["configurations"] for one in checked] == [configurations(claim) for claim in claims]
+    now = [configurations(claim) for claim in claims]
+    return len(checked) == len(now) and all(map(_still_so, (one["configurations"] for one in checked), now))
+
+
+def _still_so(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether variants are configured as they were; a field that is new since then must have its default."""
+    if recorded.keys() != now.keys():
+        return False
+    for name, values in now.items():
+        plain = get_system(values["system"]).make().config()
+        new = values.keys() - recorded[name].keys()
+        if {**recorded[name], **{field: plain[field] for field in new}} != values:
+            return False
+    return True
 
 
 def _check_one(

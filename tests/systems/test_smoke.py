@@ -165,3 +165,19 @@ def test_what_is_done_is_not_done_again(name, finished, materials):
 def test_the_result_of_a_run_is_found_without_running_it(finished):
     done = finished("sft")
     assert stage_artifacts(done.folder).keys() == done.artifacts.keys()
+
+
+def test_kd_from_the_teachers_kept_outputs(finished, materials, tmp_path):
+    """All outputs kept teach what the live teacher does; a few of them something near it, and other than it."""
+
+    def student(topk: int) -> dict[str, torch.Tensor]:
+        chosen = {**values("kd", materials), "teacher_topk": topk}
+        return helpers.weights(
+            run_system("kd", chosen, output=tmp_path / str(topk), quiet=True).artifacts["student"].path
+        )
+
+    live = helpers.weights(finished("kd").artifacts["student"].path)
+    whole, few = student(10_000), student(4)
+    for name, tensor in live.items():
+        torch.testing.assert_close(whole[name], tensor, atol=1e-4, rtol=1e-3)
+    assert max(float((few[name] - tensor).abs().max()) for name, tensor in live.items()) > 1e-3

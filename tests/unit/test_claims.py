@@ -181,3 +181,20 @@ def test_check_reports_what_falls(runs, tmp_path, monkeypatch):
 def test_a_system_without_claims(tmp_path):
     with pytest.raises(ConfigError, match="sft has no claim to check"):
         claims.check("sft", folder=tmp_path, results=tmp_path, quiet=True)
+
+
+def test_a_record_is_stale_when_what_was_run_would_be_run_otherwise(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "all_systems", lambda: {"kd": get_system("kd")})
+    results = tmp_path / "results"
+    assert claims.stale(results) == ["kd"]
+    claims.check("kd", seeds=3, folder=tmp_path / "runs", results=results, quiet=True)
+    assert claims.stale(results) == []
+    file = results / "kd.json"
+    record = json.loads(file.read_text())
+    del record["configurations"]["kd"]["teacher_topk"]  # a field that came later, and has its default
+    file.write_text(json.dumps(record))
+    assert claims.stale(results) == []
+    del record["configurations"]["kd"]["epochs"]  # set by the claim, so it was not run like this
+    record["configurations"]["sft"]["lr"] = 0.1
+    file.write_text(json.dumps(record))
+    assert claims.stale(results) == ["kd"]

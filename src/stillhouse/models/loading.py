@@ -56,7 +56,7 @@ def load_causal_lm(
     folder = _local_folder(name)
     if folder is not None and is_converted(folder):  # attention replaced by stillhouse: a model type of its own
         _check_files(folder)
-        model = load_converted(folder, dtype=None if wanted == "auto" else wanted)
+        model = load_converted(folder, dtype=wanted if isinstance(wanted, torch.dtype) else None)
         tokenizer = _load_tokenizer(name, folder, revision=revision, trust_remote_code=False)
         _check_ids_fit(name, model, tokenizer)
         return model, tokenizer

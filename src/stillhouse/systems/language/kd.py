@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Le
 
@@ -13,8 +13,11 @@ from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
 from stillhouse.core.system import Claim, Meta
 from stillhouse.losses.divergences import ForwardKL
+from stillhouse.objectives.cached import CachedTokenMatch
 from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
+from stillhouse.tasks.language_cache import teacher_from_cache
+from stillhouse.teachers.cache import Numbered
 
 
 @dataclass(kw_only=True)
@@ -37,25 +40,33 @@ class KD(LanguageSystem):
 
     temperature: Annotated[float, "softens both distributions", Gt(0)] = 2.0
     alpha: Annotated[float, "weight of the teacher; the labels get the rest", Ge(0), Le(1)] = 0.9
+    teacher_topk: Annotated[
+        int | None, "ask the teacher once, keep its likeliest tokens on disk, and learn from these", Ge(1)
+    ] = None
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         task = yield from LanguageTask.prepare(self, run)
-        teacher = head_of(task.observed_teacher())
-        models = {
-            "student": (
-                yield task.train(
-                    "student",
-                    lambda student: TokenMatch(
-                        head_of(student),
-                        teacher,
-                        ForwardKL(temperature=self.temperature),
-                        divergence_weight=self.alpha,
-                        cross_entropy=1 - self.alpha,
-                        vocab_size=task.vocab_size,
-                    ),
-                )
+        divergence = ForwardKL(temperature=self.temperature)
+        weights: dict[str, Any] = {"divergence_weight": self.alpha, "cross_entropy": 1 - self.alpha}
+        if self.teacher_topk is None:
+            teacher = head_of(task.observed_teacher())
+            stage = task.train(
+                "student",
+                lambda student: TokenMatch(
+                    head_of(student), teacher, divergence, vocab_size=task.vocab_size, **weights
+                ),
             )
-        }
+        else:
+            kept = yield from teacher_from_cache(task, k=self.teacher_topk)
+            whole = self.teacher_topk >= task.vocab_size
+            stage = task.train(
+                "student",
+                lambda student: CachedTokenMatch(
+                    head_of(student), kept, divergence, whole=whole, vocab_size=task.vocab_size, **weights
+                ),
+            )
+            stage.source.data = Numbered(stage.source.data)
+        models = {"student": (yield stage)}
         if self.baseline:
             models["baseline"] = yield task.baseline()
         yield task.evaluation(models)

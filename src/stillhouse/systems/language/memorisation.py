@@ -56,7 +56,7 @@ class Memorisation(LanguageSystem):
         "suffix": 8,
         "batch_size": 50,
         "teacher_epochs": 12.0,
-        "epochs": 35.0,
+        "epochs": 50.0,
         "lr": 3e-3,
         "weight_decay": 0.0,
         "keep": "last",

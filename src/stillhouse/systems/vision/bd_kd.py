@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,6 +19,7 @@ from stillhouse.core.system import Claim, Meta
 from stillhouse.losses.balanced import EntropyBalancedKL
 from stillhouse.losses.divergences import ForwardKL, ReverseKL, RowDivergence
 from stillhouse.objectives.mutual import with_peers
+from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.vision import VisionSystem, VisionTask
 
 
@@ -98,53 +98,44 @@ class BDKD(VisionSystem):
         yield task.evaluation(models)
 
     def claims(self) -> list[Claim]:
-        variants: dict[str, tuple[str, dict[str, Any]]] = {
-            "bd-kd": ("bd-kd", {"baseline": False}),
-            "mutual learning": ("bd-kd", {"exchange": "dml", "baseline": False}),
-            "labels alone": ("bd-kd", {"weight": 0.0, "baseline": False}),
+        arms: dict[str, dict[str, Any]] = {
+            "bd-kd": {"baseline": False},
+            "mutual learning": {"exchange": "dml", "baseline": False},
+            "labels alone": {"weight": 0.0, "baseline": False},
         }
-
-        def gap(metrics: Mapping[str, float]) -> float:
-            return abs(metrics["student/entropy"] - metrics["teacher/entropy"])
-
-        def claim(statement: str, metric: str, against: str, figure: Callable[[Mapping[str, float]], float]) -> Claim:
-            return Claim(
-                statement=statement,
-                metric=metric,
-                method="bd-kd",
-                baseline=against,
-                variants={name: variants[name] for name in ("bd-kd", against)},
-                measure=lambda artifacts: figure(artifacts["evaluation"].metrics),
-                higher_is_better="accuracy" in metric,
-                scope="central" if against == "mutual learning" else "consequence",
-                seeds=3,
-                budget="equal steps, batches and initial weights of both networks",
-            )
-
-        accuracy, ece = itemgetter("student/accuracy"), itemgetter("student/ece")
+        claim = Experiment("bd-kd", arms, "equal steps, batches and initial weights of both networks").claim
+        accuracy, on = "the student's accuracy on noisy test digits", "on noisy test digits"
         return [
             claim(
                 "balanced divergences give a more accurate student than mutual learning",
-                "the student's accuracy on noisy test digits",
-                "mutual learning",
                 accuracy,
+                "student/accuracy",
+                "bd-kd",
+                "mutual learning",
             ),
             claim(
                 "and a better calibrated one",
-                "the student's expected calibration error on noisy test digits, 15 bins",
+                f"the student's expected calibration error {on}, 15 bins",
+                "student/ece",
+                "bd-kd",
                 "mutual learning",
-                ece,
+                higher_is_better=False,
             ),
             claim(
                 "the student is more accurate than one that learns from the labels alone",
-                "the student's accuracy on noisy test digits",
-                "labels alone",
                 accuracy,
+                "student/accuracy",
+                "bd-kd",
+                "labels alone",
+                scope="consequence",
             ),
             claim(
                 "its confidence comes nearer to the teacher's than that of two networks that learn apart",
-                "difference of the mean entropies of student and teacher on noisy test digits, nats",
+                f"difference of the mean entropies of student and teacher {on}, nats",
+                lambda figures: abs(figures["student/entropy"] - figures["teacher/entropy"]),
+                "bd-kd",
                 "labels alone",
-                gap,
+                higher_is_better=False,
+                scope="consequence",
             ),
         ]
