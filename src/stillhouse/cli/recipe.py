@@ -54,8 +54,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def without_defaults(cls: type[System], values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's values without those left at their default: they count as not set, as `write_recipe` says."""
-    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-    return {name: value for name, value in values.items() if name not in defaults or defaults[name] != value}
+    defaults = {f.name: _as_read(_default(f)) for f in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name not in defaults or defaults[name] != _as_read(value)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _as_read(value: Any) -> Any:
+    """A value as YAML gives it back: it has lists, and no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def write_recipe(cls: type[System], name: str) -> str:
@@ -67,9 +76,7 @@ def write_recipe(cls: type[System], name: str) -> str:
     for title, part in (("the method", cls), ("the run", RunOptions)):
         hints = field_hints(part)
         for position, f in enumerate(dataclasses.fields(part)):
-            factory = f.default_factory
-            default = f.default if factory is dataclasses.MISSING else factory()
-            document[f.name] = default
+            document[f.name] = _default(f)
             note = f"{field_help(hints[f.name])} [{field_type(hints[f.name])}]"
             before = f"\n-- {title} --\n{note}" if position == 0 else note
             document.yaml_set_comment_before_after_key(f.name, before=before)

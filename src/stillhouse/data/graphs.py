@@ -78,6 +78,17 @@ class GraphData:
     def __getitem__(self, position: int) -> Graph:
         return self.graphs[position]
 
+    def sizes(self, whole: GraphData) -> dict[str, float]:
+        """Graphs, bytes, and how many times smaller these are than ``whole``."""
+        return {"graphs": len(self), "bytes": self.bytes(), "smaller": whole.bytes() / self.bytes()}
+
+    def class_sizes(self) -> list[int]:
+        """How many graphs there are of each class. Raises `DataError` where one has none."""
+        sizes = [sum(graph.label == label for graph in self.graphs) for label in range(self.classes)]
+        if 0 in sizes:
+            raise DataError(f"{self.name}: no training graph of class {sizes.index(0)}; divide the data otherwise")
+        return sizes
+
     def take(self, positions: Iterable[int]) -> GraphData:
         """Some of the graphs."""
         return replace(self, graphs=tuple(self.graphs[position] for position in positions))

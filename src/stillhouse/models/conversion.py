@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillhouse.base.errors import ModelError
+from stillhouse.base.errors import ModelError, RunError
 from stillhouse.base.files import read_json
 from stillhouse.models.errors import clear_errors
 from stillhouse.models.state_space import StateSpaceMixer, inherit_attention
@@ -128,8 +128,11 @@ def load_converted(folder: str | Path, *, dtype: torch.dtype | None = None) -> P
 
 def is_converted(folder: str | Path) -> bool:
     """Whether a directory holds a converted model."""
-    file = Path(folder) / "config.json"
-    return file.is_file() and str(read_json(file).get("model_type")).startswith(PREFIX)
+    try:
+        config = read_json(Path(folder) / "config.json")
+    except RunError:
+        return False
+    return isinstance(config, dict) and str(config.get("model_type")).startswith(PREFIX)
 
 
 def register_converted(folder: str | Path) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:

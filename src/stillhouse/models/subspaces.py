@@ -12,6 +12,13 @@ import torch
 from stillhouse.base.errors import ConfigError
 from stillhouse.models.elastic import SubNetwork
 
+SPACES = (
+    "base: layers=9-12 heads=9-12 hidden=544-640 ratio=2.5-4",
+    "small: layers=9-12 heads=7-10 hidden=256-352 ratio=2.5-4",
+    "tiny: layers=4-7 heads=7-10 hidden=128-224 ratio=2-3.5",
+)
+"""Those of AutoDistil (Xu et al., 2022), within a BERT-base."""
+
 AXES = ("layers", "heads", "hidden", "ratio")
 
 
@@ -43,6 +50,18 @@ class SubSpace:
         axes = {axis: _values(text, axis, found[axis], choices) for axis in AXES}
         whole = {axis: tuple(sorted({round(value) for value in axes[axis]})) for axis in AXES[:3]}
         return SubSpace(name.strip(), **whole, ratio=tuple(axes["ratio"]))
+
+    @staticmethod
+    def parse_all(texts: Sequence[str], *, choices: int = 4) -> list[SubSpace]:
+        """Several of them.
+
+        Raises:
+            ConfigError: see `parse`; or none at all, or two of one name.
+        """
+        spaces = [SubSpace.parse(text, choices=choices) for text in texts]
+        if len({space.name for space in spaces}) < len(spaces) or not spaces:
+            raise ConfigError("spaces: give at least one sub-space, each with a name of its own")
+        return spaces
 
     def __len__(self) -> int:
         return len(self.layers) * len(self.heads) * len(self.hidden) * len(self.ratio)

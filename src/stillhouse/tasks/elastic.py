@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from stillhouse.base.errors import ConfigError
 from stillhouse.base.table import Table
@@ -13,7 +13,8 @@ from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed, Signal
 from stillhouse.core.player import Player, adamw
-from stillhouse.core.stage import Context
+from stillhouse.core.run import Run
+from stillhouse.core.stage import Context, Evaluate, Stage, Transform
 from stillhouse.core.train import Train
 from stillhouse.data.windows import WindowSplit
 from stillhouse.metrics.objectives import mean_values
@@ -27,7 +28,10 @@ from stillhouse.objectives.relations import (
     sub_network,
     view_relations,
 )
-from stillhouse.tasks.encoder import COLUMNS, EncoderTask
+from stillhouse.tasks.encoder import COLUMNS, EncoderSystem, EncoderTask
+
+Search = Literal["agnostic", "proxy"]
+"""How a student is chosen: `ElasticTask.search` alone, or `ElasticTask.try_out` among the best it found."""
 
 TOGETHER = 8
 """Sub-networks measured in one pass; their activations are held together."""
@@ -57,8 +61,10 @@ class ElasticTask(EncoderTask):
     form: RelationForm = "mse"
 
     @staticmethod
-    def of(task: EncoderTask, *, heads: int, form: RelationForm) -> ElasticTask:
-        """The same task with this relation loss."""
+    def prepare(
+        system: EncoderSystem, run: Run, *, heads: int = 12, form: RelationForm = "mse"
+    ) -> Generator[Stage, Artifact, ElasticTask]:
+        task = yield from EncoderTask.prepare(system, run)
         held = {field.name: getattr(task, field.name) for field in fields(EncoderTask)}
         return ElasticTask(**held, heads=heads, form=form)
 
@@ -98,8 +104,9 @@ class ElasticTask(EncoderTask):
             name, player, source=source, steps=steps, accumulate=system.accumulate, result=model, save=self.save, **more
         )
 
-    def super_network(self, name: str, space: SubSpace, *, steps: int, drawn: int, extremes: bool) -> Train:
+    def super_network(self, space: SubSpace, *, steps: int, drawn: int, extremes: bool) -> Train:
         """A stage that distils a super-network for one sub-space."""
+        name = f"super-{space.name}"
         elastic = self.new_super_network()
         student, teacher = Observed(elastic, name=name), self.observed_teacher()
         sandwich = Sandwich(
@@ -122,6 +129,10 @@ class ElasticTask(EncoderTask):
             name, model, self.match(last_relations(student), self.observed_teacher()), student, steps=steps
         )
 
+    def finetune(self, name: str, before: Artifact, *, steps: int, lr: float, batch_size: int | None = None) -> Train:
+        """A stage that fine-tunes an encoder: it fills in masked tokens."""
+        return self.fill_in(name, load_encoder(before.path, masked_lm=True), steps=steps, lr=lr, batch_size=batch_size)
+
     def relation_losses(
         self, elastic: ElasticBert, subs: Mapping[str, SubNetwork], split: WindowSplit
     ) -> dict[str, float]:
@@ -142,9 +153,15 @@ class ElasticTask(EncoderTask):
         return {"parameters": parameter_count(sub, config), "megaflops": work}
 
     def search(
+        self, homes: Mapping[str, Artifact], spaces: Sequence[SubSpace], budget: Budget
+    ) -> Generator[Stage, Artifact, list[dict[str, Any]]]:
+        """All sub-networks within the budget, best held-out relation loss first; none is trained."""
+        searched = yield Evaluate("search", partial(self._search, homes, spaces, budget))
+        return searched.json("candidates.json")
+
+    def _search(
         self, homes: Mapping[str, Artifact], spaces: Sequence[SubSpace], budget: Budget, context: Context
     ) -> tuple[Table, dict[str, Any]]:
-        """All sub-networks within the budget, best held-out relation loss first; none is trained."""
         rows: list[dict[str, Any]] = []
         for space in spaces:
             affordable = {str(sub): sub for sub in space.all() if budget.allows(self.cost(sub))}
@@ -166,6 +183,17 @@ class ElasticTask(EncoderTask):
         context.results = {"candidates": len(rows), "relation_loss": rows[0]["relation_loss"]}
         note = f"The best of {len(rows)} sub-networks within the budget (layers/heads/hidden/ratio), not trained alone."
         return Table("Search", COLUMNS[:3], rows[:10], [note]), {"candidates.json": rows}
+
+    def try_out(
+        self, homes: Mapping[str, Artifact], candidates: Sequence[dict[str, Any]], *, steps: int, lr: float
+    ) -> Generator[Stage, Artifact, dict[str, Any]]:
+        """Fine-tune each of these candidates of `search` for a while; the best is the one that fills in best."""
+        scores: list[tuple[float, int]] = []
+        for place, row in enumerate(candidates):
+            cut = yield Transform(f"cut-{place + 1}", partial(self.cut, homes, row), save=self.save)
+            tried = yield self.finetune(f"proxy-{place + 1}", cut, steps=steps, lr=lr)
+            scores.append((tried.metrics["masked_loss"], place))
+        return candidates[min(scores)[1]]
 
     def cut(self, homes: Mapping[str, Artifact], row: Mapping[str, Any], context: Context) -> Any:
         """A candidate of `search` as a model of its own."""
@@ -210,3 +238,8 @@ class ElasticTask(EncoderTask):
             context.results.update({f"{row['name']}/{key}": value for key, value in row.items() if key != "name"})
         note = "The relation loss of a student is that of the encoder found, before it was fine-tuned."
         return Table("Held-out text", COLUMNS, rows, [note])
+
+
+def mean_relation_loss(probes: Sequence[str]) -> Callable[[Mapping[str, float]], float]:
+    """From the figures of `ElasticTask.evaluation`: the relation loss of these probes, on average."""
+    return lambda figures: sum(figures[f"{probe}/relation_loss"] for probe in probes) / len(probes)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -17,7 +17,7 @@ from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Observed
 from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
-from stillhouse.core.stage import Context, Evaluate
+from stillhouse.core.stage import Context, Evaluate, Stage
 from stillhouse.core.system import System
 from stillhouse.core.train import Train
 from stillhouse.data.graphs import (
@@ -35,6 +35,7 @@ from stillhouse.objectives.logits import CrossEntropy
 
 DEMO = "demo"
 EVALUATION_BATCH = 256
+Reference = Literal["random", "one per class", "full"]
 
 
 @dataclass(kw_only=True)
@@ -126,6 +127,16 @@ class GraphTask:
             source = Drawn(partial(_drawn, data, weights, system.batch_size), seed=system.seed)
         return Train(name, player, source=source, steps=self.steps())
 
+    def networks(
+        self, name: str, data: GraphData, *, by_frequency: bool = False
+    ) -> Generator[Stage, Artifact, dict[tuple[str, Architecture], Artifact]]:
+        """The stages that train a network of every architecture on the set called ``name``."""
+        models = {}
+        for kind in self.system.architectures:
+            stage = self.train(f"{kind}-{name.replace(' ', '-')}", kind, data, by_frequency=by_frequency)
+            models[name, kind] = yield stage
+        return models
+
     def new_model(self, architecture: Architecture) -> GNN:
         """A network with random weights."""
         system, data = self.system, self.train_data
@@ -140,6 +151,10 @@ class GraphTask:
                 width=system.width,
                 dropout=system.dropout,
             )
+
+    def reference(self, kind: Reference, *, size: int) -> GraphData:
+        """Whole graphs to compare a condensed set of ``size`` bytes with."""
+        return self.train_data if kind == "full" else self.random_subset(size if kind == "random" else 0)
 
     def random_subset(self, size: int, *, least: int = 1) -> GraphData:
         """Whole graphs, drawn by the seed, that fill ``size`` bytes; at least ``least`` of every class."""
@@ -171,18 +186,14 @@ class GraphTask:
         context: Context,
     ) -> Table:
         rows: list[dict[str, Any]] = []
-        whole = self.train_data.bytes()
         for (name, architecture), artifact in models.items():
             model = artifact.load_into(self.new_model(architecture)).to(self.run.fabric.device).eval()
             accuracy, auc = self._measure(model)
-            data = sets[name]
             rows.append(
                 {
                     "name": f"{name}, {architecture.upper()}",
                     "set": name,
-                    "graphs": len(data),
-                    "bytes": data.bytes(),
-                    "smaller": whole / data.bytes(),
+                    **sets[name].sizes(self.train_data),
                     "accuracy": accuracy,
                     "auc": auc,
                 }
@@ -206,6 +217,11 @@ class GraphTask:
         probabilities_NV, labels_N = torch.cat(logits).softmax(-1), torch.cat(labels)
         accuracy = (probabilities_NV.argmax(-1) == labels_N).double().mean().item()
         return accuracy, macro_roc_auc(probabilities_NV, labels_N)
+
+
+def only_accuracy(figures: Mapping[str, float]) -> float:
+    """The mean accuracy of the networks, from the figures of an evaluation with one set of graphs."""
+    return next(value for key, value in figures.items() if key.count("/") == 1 and "accuracy" in key)
 
 
 def _drawn(data: GraphData, weights: torch.Tensor, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

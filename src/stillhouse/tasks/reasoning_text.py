@@ -8,8 +8,9 @@ The teacher knows the languages; the student begins knowing nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +19,17 @@ from torch import Tensor
 
 from stillhouse.base.errors import ConfigError, DataError, near, one_line, suggest
 from stillhouse.base.table import Column, Table
+from stillhouse.core.artifact import Artifact
+from stillhouse.core.objective import Objective
+from stillhouse.core.observed import Observed
+from stillhouse.core.player import Player, adamw
+from stillhouse.core.stage import Context, Evaluate, Transform
 from stillhouse.data.rationales import ANSWER_PHRASE, Example, cot_prompt, parse_cot
+from stillhouse.data.sources import Batches
 from stillhouse.models.text_to_text import TextToText, load_text_to_text
 from stillhouse.tasks.black_box import BlackBoxSystem
-from stillhouse.teachers.answers import Answer, Request
+from stillhouse.tasks.language import save_pretrained
+from stillhouse.teachers.answers import Answer, Request, read_answers
 
 DEMO = "demo"
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -92,6 +100,37 @@ class QuestionSystem(BlackBoxSystem):
             Request.of(cot_prompt(questions.exemplars, example.input, instruction=self.instruction))
             for example in questions.train
         ]
+
+    def rationales(self, questions: Questions, keys: Sequence[str], answers: Artifact) -> Transform:
+        """The stage that takes rationale and label from each answer; answers without a label are dropped."""
+        return Transform("rationales", partial(self._extract, questions, keys, answers))
+
+    def _extract(self, questions: Questions, keys: Sequence[str], answers: Artifact, context: Context) -> Any:
+        import datasets
+
+        found = read_answers(answers)
+        rows, figures = extract_traces(questions.train, [found[key] for key in keys], label_source=self.label_source)
+        context.results = figures
+        context.run.say(
+            f"{figures['traces']:.0f} traces; {figures['failed']:.0f} requests failed, {figures['unparsable']:.0f} "
+            f"answers have no '{ANSWER_PHRASE}'"
+        )
+        return datasets.Dataset.from_list(rows)
+
+    def evaluation(
+        self, questions: Questions, traces: Artifact, trained: Artifact, tasks: Callable[[TextToText], Tasks]
+    ) -> Evaluate:
+        """Labels on the test examples; no rationale is written for them if one of the ``tasks`` is to predict."""
+
+        def evaluate(context: Context) -> Table:
+            student = load_text_to_text(str(trained.path), trust_remote_code=self.trust_remote_code)
+            student.model.to(context.run.fabric.device)
+            figures = tasks(student).measured(questions.test)
+            context.results = {f"student/{name}": value for name, value in figures.items()}
+            note = f"{len(questions.test):,} questions; {traces.metrics['traces']:.0f} traces to learn from."
+            return label_table(traces.metrics.get("teacher_accuracy"), figures, [note])
+
+        return Evaluate("evaluation", evaluate)
 
 
 # -- the user's -----------------------------------------------------------------------------------------------------
@@ -276,6 +315,21 @@ class Tasks:
             )
             for task, most in self.max_target.items()
         }
+
+    def player(self, objective: Callable[[Observed], Objective], *, lr: float, weight_decay: float) -> Player:
+        """The student as it learns, by AdamW: ``objective`` gets the observed student."""
+        student = Observed(self.student.model, name="student", options={"use_cache": False})
+        return Player("student", student, objective(student), optimizer=adamw(lr, weight_decay=weight_decay))
+
+    def batches(self, traces: Artifact, batch_size: int, *, seed: int) -> Batches:
+        """What the student is fed in training, from the traces that were extracted."""
+        import pyarrow.parquet as pq
+
+        return Batches(pq.read_table(traces.data_file()).to_pylist(), batch_size, seed=seed, collate=self.batch)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the student as it has become, with its tokenizer."""
+        save_pretrained(model, folder, tokenizer=self.student.tokenizer)
 
     def labels(self, examples: Sequence[Example], *, batch_size: int = 256) -> tuple[list[str | None], float]:
         """The labels that the student finds, and the tokens it writes for one on average.

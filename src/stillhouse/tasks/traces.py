@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
+from torch import Tensor
 
 from stillhouse.base.errors import ConfigError, DataError
+from stillhouse.base.table import Column
 from stillhouse.core.artifact import Artifact
+from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
-from stillhouse.core.stage import Generate, Stage
+from stillhouse.core.schedule import linear
+from stillhouse.core.stage import Evaluate, Generate, Stage
+from stillhouse.core.train import Train
 from stillhouse.data.reasoning import Problem
 from stillhouse.data.responses import Coder, Row, response_tokens
+from stillhouse.data.sources import Batches
 from stillhouse.data.verifiers import judged
+from stillhouse.metrics.reasoning import collapsed
 from stillhouse.models.causal_lm import load_causal_lm
-from stillhouse.objectives.language import head_of
-from stillhouse.objectives.responses import response_logprobs
+from stillhouse.objectives.language import TokenCrossEntropy, head_of
+from stillhouse.objectives.responses import PairLoss, Pairs, response_logprobs
 from stillhouse.rl.sampling import LiveSampler, Response, Sampler, ServerSampler, resting
-from stillhouse.tasks.reasoning import DEMO, Corpus, ReasoningTask, pretrain
+from stillhouse.tasks.reasoning import DEMO, Corpus, ReasoningSystem, ReasoningTask, pretrain
 
 Pair = tuple[Row, Row]
+
+
+@dataclass(kw_only=True)
+class TraceSystem(ReasoningSystem):
+    """Fields of every system that learns from traces which a teacher writes."""
+
+    teacher: Annotated[
+        str, "directory or hub id of the model that writes traces, SERVER_URL#MODEL, or 'data': the column 'traces'"
+    ] = "data"
+    attempts: Annotated[int, "traces sampled from the teacher for each problem, at most", Ge(1)] = 8
+    teacher_temperature: Annotated[float, "at which the teacher writes", Ge(0)] = 0.6
+
+    def traces(self, task: ReasoningTask, *, demo: Corpus) -> Generator[Stage, Artifact, Artifact]:
+        """`write_traces` by these fields."""
+        how: dict[str, Any] = {"attempts": self.attempts, "temperature": self.teacher_temperature}
+        return write_traces(task, self.teacher, demo=demo, **how)
 
 
 def write_traces(
@@ -116,6 +141,48 @@ class TracePairs:
         """A batch for `PairLoss`: the right ones, then the wrong ones."""
         return self.task.coder.batch([right for right, _ in pairs] + [wrong for _, wrong in pairs])
 
+    def fine_tune(self, name: str, *, epochs: float, batch_size: int, lr: float) -> Train:
+        """The stage that trains the base model on the right traces; the learning rate falls to 0."""
+        student = self._student(name, self.task.base)
+        source = Batches(self.right, batch_size, seed=self.task.system.seed, collate=self.task.coder.batch)
+        return self._train(student, TokenCrossEntropy(head_of(student)), source, epochs, lr=lr)
+
+    def refine(
+        self,
+        name: str,
+        start: Artifact,
+        term: str,
+        loss: Callable[[Pairs], Tensor],
+        *,
+        reference: bool,
+        epochs: float,
+        batch_size: int,
+    ) -> Train:
+        """The stage that trains ``start`` on the pairs; the learning rate falls to 0.
+
+        Args:
+            term: what the loss is called where it is logged.
+            reference: whether the loss reads what ``start`` itself, frozen, makes of the pairs.
+        """
+        student = self._student(name, start)
+        frozen = Observed(self.task.load(start), frozen=True, name="reference") if reference else None
+        objective = PairLoss(head_of(student), loss, reference=head_of(frozen) if frozen else None, name=term)
+        source = Batches(self.pairs, batch_size, seed=self.task.system.seed, collate=self.collate)
+        return self._train(student, objective, source, epochs)
+
+    def _student(self, name: str, start: str | Artifact) -> Observed:
+        return Observed(self.task.load(start), name=name, options={"use_cache": False})
+
+    def _train(
+        self, student: Observed, objective: Objective, source: Batches, epochs: float, *, lr: float | None = None
+    ) -> Train:
+        steps, schedule = max(1, round(epochs * len(source))), linear(1.0, 0.0, warmup=self.task.system.warmup)
+        return self.task.train(student.name, student, objective, source=source, steps=steps, lr=lr, schedule=schedule)
+
+    def evaluation(self, models: Mapping[str, str | Artifact]) -> Evaluate:
+        """Held-out problems, and how likely each model finds the right and the wrong traces."""
+        return self.task.evaluation(models, more=partial(self.logprobs, most=200), columns=COLUMNS)
+
     def logprobs(self, model: Any, *, most: int) -> dict[str, float]:
         """Mean log-probability per token of the right and the wrong traces (of the first ``most`` pairs)."""
         head, sums = head_of(Observed(model, options={"use_cache": False})), torch.zeros(2, 2)
@@ -129,3 +196,18 @@ class TracePairs:
             sums[1].index_add_(0, wrong_N, torch.ones_like(logp_N))
         chosen, rejected = (sums[0] / sums[1]).tolist()
         return {"chosen_logp": chosen, "rejected_logp": rejected}
+
+
+def fell(evaluated: Artifact, *, before: str, after: str) -> bool:
+    """Whether the training between two evaluated models took right traces down with wrong ones, and accuracy too."""
+    figures = ("chosen_logp", "rejected_logp", "accuracy")
+    chosen, rejected, accuracy = (
+        (evaluated.metrics[f"{before}/{key}"], evaluated.metrics[f"{after}/{key}"]) for key in figures
+    )
+    return collapsed(chosen, rejected, accuracy)
+
+
+COLUMNS = [
+    Column("chosen_logp", "right traces", ".2f", "", "mean log-probability per token of the right traces"),
+    Column("rejected_logp", "wrong traces", ".2f", "", "the same of the wrong traces"),
+]

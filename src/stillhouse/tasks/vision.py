@@ -291,6 +291,21 @@ class VisionTask:
             compile=system.compile,
         )
 
+    def together(self, name: str, players: list[Player]) -> Generator[Stage, Artifact, dict[str, Artifact | Path]]:
+        """The stage that trains all these players at once; returns the model of each, by its player's name.
+
+        The first one's is the stage's result; the others lie within it, in folders of their own.
+        """
+        first, *others = players
+
+        def save(model: Any, folder: Path) -> None:
+            self.save(model, folder)
+            for player in others:
+                self.save(player.trained[0].module, folder / player.name)
+
+        trained = yield self.stage(name, players, save=save, together=True)
+        return {first.name: trained, **{player.name: trained.path / player.name for player in others}}
+
     def baseline(self) -> Train:
         """The same student on the labels alone: what distillation has to beat."""
         return self.train("baseline", self.cross_entropy)

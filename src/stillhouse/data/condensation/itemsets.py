@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from stillhouse.base.errors import ConfigError
@@ -37,6 +37,17 @@ def maximal_itemsets(transactions: Iterable[Iterable[Item]], support: int) -> di
     rows, names = _ranked(transactions, support)
     _grow_maximal(rows, support, frozenset(), sum(rows.values()), kept)
     return {frozenset(names[rank] for rank in found): count for found, count in kept.items()}
+
+
+def least_counts(support: Sequence[float], sizes: Sequence[int]) -> list[int]:
+    """The least support in each class as a number of its transactions, of which there are ``sizes``.
+
+    ``support`` has one value for each class, or one for all; below 1 it is a share of the class.
+    """
+    given = [*support] * len(sizes) if len(support) == 1 else support
+    if len(given) != len(sizes):
+        raise ConfigError(f"support={support}: {len(given)} values for {len(sizes)} classes")
+    return [max(1, round(own * size)) if own < 1 else round(own) for own, size in zip(given, sizes, strict=True)]
 
 
 def support_of(items: Iterable[Item], transactions: Iterable[Iterable[Item]]) -> int:

@@ -8,6 +8,8 @@ is its root's label with the sorted numbers of its neighbours' trees of depth d 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -125,6 +127,12 @@ class TreeTable:
             roots=torch.tensor(roots, dtype=torch.bool),
             frequency=frequency,
         )
+
+
+def variety(trees: Iterable[Sequence[int]]) -> dict[str, float]:
+    """How many distinct trees the nodes of some graphs have, and what share of them makes up 80 % of all nodes."""
+    counts = Counter(tree for own in trees for tree in own)
+    return {"distinct_trees": len(counts), "trees_for_80_percent": coverage(list(counts.values()), 0.8)}
 
 
 def coverage(counts: list[int], share: float) -> float:

@@ -17,6 +17,7 @@ from stillhouse.core.stage import Context, Stage, Transform
 from stillhouse.core.system import Claim, Meta
 from stillhouse.data.memory import Room, files_touched, room_index
 from stillhouse.tasks.agents import AgentSystem, AgentTask
+from stillhouse.tasks.experiments import Experiment
 
 
 @dataclass(kw_only=True)
@@ -103,29 +104,20 @@ class AgentMemory(AgentSystem):
         return datasets.Dataset.from_list(rows), {"rooms.json": [asdict(room) for room in index.values()]}
 
     def claims(self) -> list[Claim]:
-        def claim(statement: str, method: str, baseline: str, *, ratio: bool = False, central: bool = False) -> Claim:
-            modes = {"vectors": "distilled/vector", "words": "distilled/bm25"}
-            modes |= {"long vectors": "verbatim/vector", "both layers": "cross/vector+bm25"}
-            return Claim(
-                statement=statement,
-                metric="MRR of the ten best results for recall questions"
-                + (", as a ratio to the same search of the verbatim text" if ratio else ""),
-                method=method,
-                baseline=baseline,
-                variants={name: ("agent-memory", {"search": modes[name]}) for name in (method, baseline)},
-                measure=lambda artifacts: artifacts["evaluation"].metrics["ratio" if ratio else "mrr"],
-                higher_is_better=True,
-                scope="central" if central else "consequence",
-                seeds=3,
-                budget="the same memories, conversations and questions",
-            )
-
+        arms = {
+            "vectors": {"search": "distilled/vector"},
+            "words": {"search": "distilled/bm25"},
+            "long vectors": {"search": "verbatim/vector"},
+            "both layers": {"search": "cross/vector+bm25"},
+        }
+        claim = Experiment("agent-memory", arms, "the same memories, conversations and questions").claim
+        found = "MRR of the ten best results for recall questions"
+        kept = f"{found}, as a ratio to the same search of the verbatim text"
+        as_much = "vectors find as much in texts of a tenth as in the whole"
+        cheaper = "compression to a tenth costs vectors less than words"
+        crossed = "the short texts' vectors with the long texts' words find more than the short texts' words"
         return [
-            claim("vectors find as much in texts of a tenth as in the whole", "vectors", "long vectors", central=True),
-            claim("compression to a tenth costs vectors less than words", "vectors", "words", ratio=True),
-            claim(
-                "the short texts' vectors with the long texts' words find more than the short texts' words",
-                "both layers",
-                "words",
-            ),
+            claim(as_much, found, "mrr", "vectors", "long vectors"),
+            claim(cheaper, kept, "ratio", "vectors", "words", scope="consequence"),
+            claim(crossed, found, "mrr", "both layers", "words", scope="consequence"),
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,17 +10,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Gt, Len
 
-from stillhouse.base.errors import ConfigError, DataError
+from stillhouse.base.errors import ConfigError
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Context, Stage, Transform
 from stillhouse.core.system import Claim, Meta
-from stillhouse.data.condensation.itemsets import frequent_itemsets, maximal_itemsets
-from stillhouse.data.condensation.trees import TreeTable, coverage
+from stillhouse.data.condensation.itemsets import frequent_itemsets, least_counts, maximal_itemsets
+from stillhouse.data.condensation.trees import TreeTable, variety
 from stillhouse.data.graphs import GraphData, from_parquet, to_dataset
 from stillhouse.models.gnn import Architecture
+from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.graph_pictures import draw_trees
-from stillhouse.tasks.graphs import GraphSystem, GraphTask
+from stillhouse.tasks.graphs import GraphSystem, GraphTask, only_accuracy
 
 TrainedOn = Literal["mirage", "random", "one per class", "full"]
 
@@ -79,21 +79,13 @@ class Mirage(GraphSystem):
         task = GraphTask.prepare(self, run)
         condensed = yield Transform("condensed", partial(self.condense, task.train_data))
         mirage = from_parquet(condensed.data_file(), task.train_data)
-        makers = {
-            "mirage": lambda: mirage,
-            "random": lambda: task.random_subset(mirage.bytes()),
-            "one per class": lambda: task.random_subset(0),
-            "full": lambda: task.train_data,
+        sets: dict[str, GraphData] = {
+            kind: mirage if kind == "mirage" else task.reference(kind, size=mirage.bytes()) for kind in self.compare
         }
-        sets: dict[str, GraphData] = {name: makers[name]() for name in self.compare}
         models: dict[tuple[str, Architecture], Artifact] = {}
         for name, data in sets.items():
             by_frequency = name == "mirage" and self.sampling == "frequency"
-            for architecture in self.architectures:
-                stage = task.train(
-                    f"{architecture}-{name.replace(' ', '-')}", architecture, data, by_frequency=by_frequency
-                )
-                models[name, architecture] = yield stage
+            models |= yield from task.networks(name, data, by_frequency=by_frequency)
         yield task.evaluation(sets, models)
 
     def condense(self, data: GraphData, context: Context) -> tuple[Any, dict[str, str]]:
@@ -114,58 +106,24 @@ class Mirage(GraphSystem):
                 raise ConfigError(f"no tree is in {least} graphs of class {label}; lower support={self.support}")
             graphs += [table.unfold(sorted(items), label, count) for items, count in found.items()]
         condensed = replace(data, graphs=tuple(graphs))
-        counts = Counter(tree for own in trees for tree in own)
-        context.results |= {
-            "graphs": len(condensed),
-            "bytes": condensed.bytes(),
-            "smaller": data.bytes() / condensed.bytes(),
-            "distinct_trees": len(counts),
-            "trees_for_80_percent": coverage(list(counts.values()), 0.8),
-            "mining_seconds": time.monotonic() - begun,
-        }
+        context.results |= {**condensed.sizes(data), **variety(trees), "mining_seconds": time.monotonic() - begun}
         return to_dataset(condensed), {"trees.svg": draw_trees(condensed)}
 
     def _supports(self, data: GraphData) -> list[int]:
         """The least support of each class, as a number of graphs."""
-        sizes = [sum(graph.label == label for graph in data.graphs) for label in range(data.classes)]
-        if 0 in sizes:
-            raise DataError(f"{data.name}: no training graph of class {sizes.index(0)}; divide the data otherwise")
-        given = self.support * data.classes if len(self.support) == 1 else self.support
-        if len(given) != data.classes:
-            raise ConfigError(f"support={self.support}: {len(given)} values for {data.classes} classes")
-        return [max(1, round(own * size)) if own < 1 else round(own) for own, size in zip(given, sizes, strict=True)]
+        return least_counts(self.support, data.class_sizes())
 
     def claims(self) -> list[Claim]:
         # 12 % of the atoms are noise: without it any few graphs suffice, and nothing can be told apart.
-        common = {"noise": 0.12, "support": (0.12,)}
-
-        def claim(statement: str, baseline: TrainedOn, scope: Literal["central", "consequence"]) -> Claim:
-            return Claim(
-                statement=statement,
-                metric="accuracy on intact test graphs, mean of GCN, GAT and GIN",
-                method="mirage",
-                baseline=baseline,
-                variants={name: ("mirage", {**common, "compare": (name,)}) for name in ("mirage", baseline)},
-                measure=_accuracy,
-                higher_is_better=True,
-                scope=scope,
-                seeds=3,
-                budget="equal networks, initial weights, steps and batch sizes"
-                + (", equal bytes of training data" if baseline == "random" else ""),
-            )
-
+        sets = ("mirage", "random", "one per class")
+        arms = {name: {"noise": 0.12, "support": (0.12,), "compare": (name,)} for name in sets}
+        budget = "equal networks, initial weights, steps and batch sizes"
+        by_size = Experiment("mirage", arms, f"{budget}, equal bytes of training data")
+        by_class = Experiment("mirage", arms, budget)
+        metric = "accuracy on intact test graphs, mean of GCN, GAT and GIN"
+        more = "graph networks learn more from frequent tree sets than from as many bytes of graphs"
+        than_one = "frequent tree sets teach more than one whole graph per class"
         return [
-            claim(
-                "graph networks learn more from frequent tree sets than from as many bytes of graphs",
-                "random",
-                "central",
-            ),
-            claim("frequent tree sets teach more than one whole graph per class", "one per class", "consequence"),
+            by_size.claim(more, metric, only_accuracy, "mirage", "random"),
+            by_class.claim(than_one, metric, only_accuracy, "mirage", "one per class", scope="consequence"),
         ]
-
-
-def _accuracy(artifacts: Any) -> float:
-    """Of the networks trained on the one set that was compared."""
-    return next(
-        value for key, value in artifacts["evaluation"].metrics.items() if key.count("/") == 1 and "accuracy" in key
-    )

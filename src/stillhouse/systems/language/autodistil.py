@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt
 
-from stillhouse.base.errors import ConfigError
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Evaluate, Stage, Transform
 from stillhouse.core.system import Claim, Meta
-from stillhouse.models.elastic import load_encoder
-from stillhouse.models.subspaces import SubSpace
+from stillhouse.models.subspaces import SPACES, SubSpace
 from stillhouse.objectives.relations import RelationForm
-from stillhouse.tasks.elastic import Budget, ElasticTask
-from stillhouse.tasks.encoder import EncoderSystem, EncoderTask
-
-SPACES = (
-    "base: layers=9-12 heads=9-12 hidden=544-640 ratio=2.5-4",
-    "small: layers=9-12 heads=7-10 hidden=256-352 ratio=2.5-4",
-    "tiny: layers=4-7 heads=7-10 hidden=128-224 ratio=2-3.5",
-)
+from stillhouse.tasks.elastic import Budget, ElasticTask, Search, mean_relation_loss
+from stillhouse.tasks.encoder import EncoderSystem
+from stillhouse.tasks.experiments import Experiment
 
 
 @dataclass(kw_only=True)
@@ -88,9 +81,7 @@ class AutoDistil(EncoderSystem):
     )
     epochs: Annotated[float, "passes over the text of each super-network", Gt(0)] = 15.0
     steps: Annotated[int | None, "steps of all super-networks together; by default what epochs asks", Ge(1)] = None
-    search: Annotated[Literal["agnostic", "proxy"], "choose by relation loss, or among the best few by a task"] = (
-        "agnostic"
-    )
+    search: Annotated[Search, "choose by relation loss, or among the best few by a task"] = "agnostic"
     max_parameters: Annotated[int | None, "budget: most parameters of the student, embeddings in", Gt(0)] = None
     max_megaflops: Annotated[float | None, "budget: most MFLOPs of its layers for one sequence", Gt(0)] = None
     finalists: Annotated[int, "sub-networks that a proxy search fine-tunes", Ge(1)] = 4
@@ -103,78 +94,51 @@ class AutoDistil(EncoderSystem):
     probes: Annotated[tuple[str, ...], "more sub-networks to report on, layers/heads/hidden/ratio"] = ()
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
-        spaces = [SubSpace.parse(text, choices=self.choices) for text in self.spaces]
-        if len({space.name for space in spaces}) < len(spaces) or not spaces:
-            raise ConfigError("spaces: give at least one sub-space, each with a name of its own")
-        task = yield from EncoderTask.prepare(self, run)
-        task = ElasticTask.of(task, heads=self.relation_heads, form=self.relation)
+        spaces = SubSpace.parse_all(self.spaces, choices=self.choices)
+        task = yield from ElasticTask.prepare(self, run, heads=self.relation_heads, form=self.relation)
         steps = max(1, self.steps // len(spaces)) if self.steps else task.steps_of(self.epochs)
         homes: dict[str, Artifact] = {}
         for space in spaces:
-            homes[space.name] = yield task.super_network(
-                f"super-{space.name}", space, steps=steps, drawn=self.drawn, extremes=self.sandwich
-            )
+            homes[space.name] = yield task.super_network(space, steps=steps, drawn=self.drawn, extremes=self.sandwich)
         budget = Budget(self.max_parameters, self.max_megaflops)
-        searched = yield Evaluate("search", lambda context: task.search(homes, spaces, budget, context))
-        candidates = searched.json("candidates.json")
+        candidates = yield from task.search(homes, spaces, budget)
         best = candidates[0]
         if self.search == "proxy":
-            scores: list[tuple[float, int]] = []
-            for place, row in enumerate(candidates[: self.finalists]):
-                cut = yield Transform(f"cut-{place + 1}", partial(task.cut, homes, row), save=task.save)
-                model = load_encoder(cut.path, masked_lm=True)
-                tried = yield task.fill_in(f"proxy-{place + 1}", model, steps=self.proxy_steps, lr=self.finetune_lr)
-                scores.append((tried.metrics["masked_loss"], place))
-            best = candidates[min(scores)[1]]
+            finalists = candidates[: self.finalists]
+            best = yield from task.try_out(homes, finalists, steps=self.proxy_steps, lr=self.finetune_lr)
         found = yield Transform("found", partial(task.cut, homes, best), save=task.save)
         if self.continue_steps:
             found = yield task.continued("continued", found, steps=self.continue_steps)
-        student = yield task.fill_in(
-            "student",
-            load_encoder(found.path, masked_lm=True),
-            steps=self.finetune_steps or task.steps_of(self.finetune_epochs, batch_size=self.finetune_batch_size),
-            lr=self.finetune_lr,
-            batch_size=self.finetune_batch_size,
-        )
-        models = {"student": student}
-        yield Evaluate("evaluation", partial(task.evaluation, homes, spaces, models, found, self.probes))
+        size = self.finetune_batch_size
+        steps = self.finetune_steps or task.steps_of(self.finetune_epochs, batch_size=size)
+        student = yield task.finetune("student", found, steps=steps, lr=self.finetune_lr, batch_size=size)
+        yield Evaluate("evaluation", partial(task.evaluation, homes, spaces, {"student": student}, found, self.probes))
 
     def claims(self) -> list[Claim]:
         tiny, large = ("2/2/16/2", "3/3/32/3"), ("4/4/64/3", "6/6/80/4")
         union = "union: layers=2-6 heads=2-6 hidden=16-80 ratio=2-4"
         common = {"probes": (*tiny, *large), "steps": 300, "eval_windows": 64, "finetune_steps": 1}
-
-        def mean_of(probes: tuple[str, ...], artifacts: Mapping[str, Artifact]) -> float:
-            found = artifacts["evaluation"].metrics
-            return sum(found[f"{probe}/relation_loss"] for probe in probes) / len(probes)
-
-        central = Claim(
-            statement="small sub-networks come closer to the teacher in a super-network of their own compact sub-space "
-            "than in one super-network over the whole space",
-            metric="held-out relation loss, mean of the smallest and the largest sub-network of the tiny sub-space",
-            method="two sub-spaces",
-            baseline="one space",
-            variants={
-                "two sub-spaces": ("autodistil", common),
-                "one space": ("autodistil", {**common, "spaces": (union,), "choices": 5}),
-            },
-            measure=partial(mean_of, tiny),
-            higher_is_better=False,
-            seeds=3,
-            budget="300 steps of four sub-networks in all super-networks together; equal batches and learning rates",
-        )
-        sandwich = replace(
-            central,
-            statement="with the largest and the smallest sub-network in every step, the extremes of the sub-spaces "
-            "come closer to the teacher than with all drawn at random",
-            metric="held-out relation loss, mean over the smallest and the largest sub-network of both sub-spaces",
-            method="two sub-spaces",
-            baseline="all drawn",
-            variants={
-                "two sub-spaces": ("autodistil", common),
-                "all drawn": ("autodistil", {**common, "sandwich": False}),
-            },
-            measure=partial(mean_of, (*tiny, *large)),
-            scope="consequence",
-        )
-        return [central, sandwich]
+        arms = {
+            "two sub-spaces": common,
+            "one space": {**common, "spaces": (union,), "choices": 5},
+            "all drawn": {**common, "sandwich": False},
+        }
+        budget = "300 steps of four sub-networks in all super-networks together; equal batches and learning rates"
+        claim = partial(Experiment("autodistil", arms, budget).claim, method="two sub-spaces", higher_is_better=False)
+        return [
+            claim(
+                "small sub-networks come closer to the teacher in a super-network of their own compact sub-space "
+                "than in one super-network over the whole space",
+                "held-out relation loss, mean of the smallest and the largest sub-network of the tiny sub-space",
+                mean_relation_loss(tiny),
+                baseline="one space",
+            ),
+            claim(
+                "with the largest and the smallest sub-network in every step, the extremes of the sub-spaces "
+                "come closer to the teacher than with all drawn at random",
+                "held-out relation loss, mean over the smallest and the largest sub-network of both sub-spaces",
+                mean_relation_loss((*tiny, *large)),
+                baseline="all drawn",
+                scope="consequence",
+            ),
+        ]

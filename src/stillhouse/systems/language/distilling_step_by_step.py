@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-import pyarrow.parquet as pq
 from annotated_types import Ge, Gt, Le
 
-from stillhouse.base.table import Table
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
-from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
-from stillhouse.core.stage import Context, Evaluate, Stage, Transform
+from stillhouse.core.stage import Stage
 from stillhouse.core.system import Claim, Meta
 from stillhouse.core.train import Train
-from stillhouse.data.rationales import ANSWER_PHRASE
-from stillhouse.data.sources import Batches
-from stillhouse.models.text_to_text import TextToText, load_text_to_text
+from stillhouse.models.text_to_text import TextToText
 from stillhouse.objectives.sequence import rationale_multitask, sequence_cross_entropy
-from stillhouse.tasks.language import save_pretrained
-from stillhouse.tasks.reasoning_text import (
-    DEMO,
-    Questions,
-    QuestionSystem,
-    Tasks,
-    demo_rule,
-    extract_traces,
-    label_table,
-    new_student,
-)
-from stillhouse.teachers.answers import read_answers
+from stillhouse.tasks.experiments import Experiment
+from stillhouse.tasks.reasoning_text import DEMO, Questions, QuestionSystem, Tasks, demo_rule, new_student
 
 Mode = Literal["multi-task", "label-only", "single-task"]
 
@@ -98,23 +82,10 @@ class DistillingStepByStep(QuestionSystem):
         answers = yield stage
         if self.__dict__["dry_run"]:
             return
-        traces = yield Transform("rationales", partial(self.extract, questions, keys, answers))
+        traces = yield self.rationales(questions, keys, answers)
         student = new_student(self.student, seed=self.seed, trust_remote_code=self.trust_remote_code)
         trained = yield self.train(self.tasks(student), questions, traces)
-        yield Evaluate("evaluation", partial(self.evaluate, questions, traces, trained))
-
-    def extract(self, questions: Questions, keys: Sequence[str], answers: Artifact, context: Context) -> Any:
-        """Stage 1, second half: rationale and label from each answer; those without a label are dropped."""
-        import datasets
-
-        found = read_answers(answers)
-        rows, figures = extract_traces(questions.train, [found[key] for key in keys], label_source=self.label_source)
-        context.results = figures
-        context.run.say(
-            f"{figures['traces']:.0f} traces; {figures['failed']:.0f} requests failed, {figures['unparsable']:.0f} "
-            f"answers have no '{ANSWER_PHRASE}'"
-        )
-        return datasets.Dataset.from_list(rows)
+        yield self.evaluation(questions, traces, trained, self.tasks)
 
     def tasks(self, student: TextToText) -> Tasks:
         """The tasks of this mode."""
@@ -132,43 +103,27 @@ class DistillingStepByStep(QuestionSystem):
 
     def train(self, tasks: Tasks, questions: Questions, traces: Artifact) -> Train:
         """Stage 2: both tasks in every step, one backward."""
-        model = tasks.student.model
-        student = Observed(model, name="student", options={"use_cache": False})
-        player = Player(
-            "student", student, self.objective(student), optimizer=adamw(self.lr, weight_decay=self.weight_decay)
-        )
-        rows = pq.read_table(traces.data_file()).to_pylist()
+        player = tasks.player(self.objective, lr=self.lr, weight_decay=self.weight_decay)
         return Train(
             "student",
             player,
-            source=Batches(rows, self.batch_size, seed=self.seed, collate=tasks.batch),
+            source=tasks.batches(traces, self.batch_size, seed=self.seed),
             steps=self.steps,
             evaluate=lambda: {"accuracy": tasks.accuracy(questions.validation)},
             best="-accuracy" if self.keep == "best" else None,
-            save=partial(save_pretrained, tokenizer=tasks.student.tokenizer),
+            save=tasks.save,
         )
 
-    def evaluate(self, questions: Questions, traces: Artifact, trained: Artifact, context: Context) -> Table:
-        """Labels on the test examples; no rationale is written for them but in mode single-task."""
-        student = load_text_to_text(str(trained.path), trust_remote_code=self.trust_remote_code)
-        student.model.to(context.run.fabric.device)
-        figures = self.tasks(student).measured(questions.test)
-        context.results = {f"student/{name}": value for name, value in figures.items()}
-        note = f"{len(questions.test):,} questions; {traces.metrics['traces']:.0f} traces to learn from."
-        return label_table(traces.metrics.get("teacher_accuracy"), figures, [note])
-
     def claims(self) -> list[Claim]:
+        arms = {mode: {"mode": mode} for mode in ("multi-task", "label-only")}
+        budget = "equal examples, steps, batches and initial weights; the second task is a second forward"
         return [
-            Claim(
-                statement="with rationales as a second task, a small model trained on few examples finds more labels "
+            Experiment("distilling-step-by-step", arms, budget).claim(
+                "with rationales as a second task, a small model trained on few examples finds more labels "
                 "than the same model trained on the labels alone",
-                metric="accuracy on 2,000 held-out questions",
-                method="multi-task",
-                baseline="label-only",
-                variants={mode: ("distilling-step-by-step", {"mode": mode}) for mode in ("multi-task", "label-only")},
-                measure=lambda artifacts: artifacts["evaluation"].metrics["student/accuracy"],
-                higher_is_better=True,
-                seeds=3,
-                budget="equal examples, steps, batches and initial weights; the second task is a second forward",
+                "accuracy on 2,000 held-out questions",
+                "student/accuracy",
+                "multi-task",
+                "label-only",
             )
         ]

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import pyarrow.parquet as pq
-import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from stillhouse.audits.memorisation import at_risk, greedy_continuations, memorisation_audit
+from stillhouse.audits.memorisation import left_out
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
 from stillhouse.core.run import Run
-from stillhouse.core.stage import Generate, Stage
+from stillhouse.core.stage import Stage
 from stillhouse.core.system import Claim, Meta
 from stillhouse.core.train import Train
-from stillhouse.data.sources import Batches
-from stillhouse.data.windows import WindowSplit
 from stillhouse.losses.divergences import ForwardKL
 from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.tasks.canaries import canary_task
+from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
+from stillhouse.tasks.memorisation import continued, extraction, taught, train_on
 
 
 @dataclass(kw_only=True)
@@ -83,94 +79,52 @@ class Memorisation(LanguageSystem):
         task = yield from canary_task(self, run) if self.is_demo() else LanguageTask.prepare(self, run)
         sequences = task.windows.train[:]["input_ids"]
         if self.teacher_epochs:
-            large = replace(task, new_student=lambda: deepcopy(task.teacher).float().requires_grad_(True))
-            steps = self.steps or task.steps_of(self.teacher_epochs)
-            taught = yield large.train("teacher", task.cross_entropy, steps=steps)
-            task.teacher = task.load(taught)
+            task.teacher = yield from taught(task, self.teacher_epochs)
         models = {"baseline": (yield task.baseline())}
         hard: Tensor | None = None
-        for name, way in {"student": self.learns, "also": self.also}.items():
+        for name, way in {"student": self.learns, self.also: self.also}.items():
             if way == "hard" and hard is None:
-                hard = yield from self._continued(task, sequences)
+                hard = yield from continued(task, sequences, self.prefix)
             if way != "none":
-                label = name if name == "student" else way
-                models[label] = yield self._student(task, label, way, hard)
+                models[name] = yield self._student(task, name, way, hard)
         yield task.evaluation(models)
-        audit = partial(self._audit, task, sequences)
+        audit = partial(extraction, task, sequences, prefix=self.prefix, suffix=self.suffix, repeats=self.repeats)
         found = yield audit("audit", models)
         if self.filtered:
-            risky = at_risk(
-                np.array(found.json("features.json")), self._memorised(found, len(sequences)), seed=self.seed
-            )
-            kept = sequences[torch.from_numpy(~risky)]
+            kept = ~left_out(found, seed=self.seed)
             cleaned = models | {"filtered": (yield self._student(task, "filtered", self.learns, hard, kept))}
             yield audit("audit-filtered", cleaned)
 
     def _student(
-        self, task: LanguageTask, name: str, way: str, hard: Tensor | None, sequences: Tensor | None = None
+        self, task: LanguageTask, name: str, way: str, hard: Tensor | None, kept: Tensor | None = None
     ) -> Train:
         objective = partial(self._soft, task) if way == "soft" else task.cross_entropy
-        stage = task.train(name, objective)
-        data = hard if way == "hard" and sequences is None else sequences
-        if way == "text":
-            data = task.windows.train[:]["input_ids"].flip(0)
-        if data is not None:
-            stage.source = Batches(WindowSplit({"input_ids": data}), self.batch_size, seed=self.seed, gather=True)
-        return stage
+        if way == "soft" and kept is None:
+            return task.train(name, objective)
+        data = hard if hard is not None and way == "hard" else task.windows.train[:]["input_ids"]
+        data = data if kept is None else data[kept]
+        return train_on(task, name, objective, data.flip(0) if way == "text" else data)
 
     def _soft(self, task: LanguageTask, student: Observed) -> Objective:
-        teacher = head_of(task.observed_teacher())
-        return TokenMatch(
-            head_of(student), teacher, ForwardKL(temperature=self.temperature), vocab_size=task.vocab_size
-        )
-
-    def _continued(self, task: LanguageTask, sequences: Tensor) -> Generator[Stage, Artifact, Tensor]:
-        """The teacher's greedy continuations of all prefixes, each as long as the sequence was."""
-        prefix, more = self.prefix, sequences.shape[1] - self.prefix
-
-        def write(left: Mapping[str, list[int]]) -> Iterator[tuple[str, dict[str, list[int]]]]:
-            keys = list(left)
-            for start in range(0, len(keys), 64):
-                part = torch.tensor([left[key] for key in keys[start : start + 64]])
-                found = torch.cat([part, greedy_continuations(task.teacher, part, more)], 1)
-                yield from zip(keys[start : start + 64], ({"tokens": row} for row in found.tolist()), strict=True)
-
-        requests = {str(number): row for number, row in enumerate(sequences[:, :prefix].tolist())}
-        written = yield Generate("continuations", requests, write, together=True)
-        return torch.tensor(pq.read_table(written.data_file())["tokens"].to_pylist())
-
-    def _audit(self, task: LanguageTask, sequences: Tensor, name: str, artifacts: dict[str, Artifact]) -> Stage:
-        def load() -> Mapping[str, torch.nn.Module]:
-            teacher = task.teacher.to(task.run.fabric.device)
-            return {"teacher": teacher, **{label: task.load(artifact) for label, artifact in artifacts.items()}}
-
-        texts: Callable[[], list[str]] = partial(task.tokenizer.batch_decode, sequences)
-        options = {"prefix": self.prefix, "suffix": self.suffix, "repeats": self.repeats}
-        return memorisation_audit(name, load, sequences, texts, **options)
-
-    def _memorised(self, audit: Artifact, count: int) -> np.ndarray:
-        return np.isin(np.arange(count), audit.json("memorised.json")["student"]["memorised"])
+        teacher, divergence = head_of(task.observed_teacher()), ForwardKL(temperature=self.temperature)
+        return TokenMatch(head_of(student), teacher, divergence, vocab_size=task.vocab_size)
 
     def claims(self) -> list[Claim]:
-        central = Claim(
-            statement="a student trained on the teacher's distributions memorises less of the training text than one "
-            "of its size trained on the text",
-            metric="share of training sequences given back word for word",
-            method="soft",
-            baseline="text",
-            variants={
-                "soft": ("memorisation", {"learns": "soft", "also": "none", "repeats": 10}),
-                "text": ("memorisation", {"learns": "text", "also": "none", "repeats": 10}),
-            },
-            measure=lambda artifacts: artifacts["audit"].metrics["student/memorised"],
-            higher_is_better=False,
-            seeds=3,
-            budget="equal pre-trained students, steps and learning rates",
-        )
-        loss = replace(
-            central,
-            statement="and it predicts held-out text better",
-            metric="loss on held-out text, nats per token",
-            measure=lambda artifacts: artifacts["evaluation"].metrics["student/val_loss"],
-        )
-        return [central, loss]
+        arms = {way: {"learns": way, "also": "none", "repeats": 10} for way in ("soft", "text")}
+        trained = Experiment("memorisation", arms, "equal pre-trained students, steps and learning rates")
+        less: dict[str, Any] = {"method": "soft", "baseline": "text", "higher_is_better": False}
+        return [
+            replace(trained, stage="audit").claim(
+                "a student trained on the teacher's distributions memorises less of the training text than one "
+                "of its size trained on the text",
+                "share of training sequences given back word for word",
+                "student/memorised",
+                **less,
+            ),
+            trained.claim(
+                "and it predicts held-out text better",
+                "loss on held-out text, nats per token",
+                "student/val_loss",
+                **less,
+            ),
+        ]

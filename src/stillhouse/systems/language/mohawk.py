@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from annotated_types import Ge, Gt, Le, Lt
 
 from stillhouse.base.errors import ConfigError
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
-from stillhouse.core.stage import Stage, Transform
+from stillhouse.core.stage import Stage
 from stillhouse.core.system import Claim, Meta
 from stillhouse.losses.divergences import ForwardKL
-from stillhouse.models.conversion import Inherit, convert, load_converted
-from stillhouse.models.state_space import StateSpaceMixer
+from stillhouse.models.conversion import Inherit
 from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.objectives.layerwise import hidden_alignment, matrix_orientation
-from stillhouse.tasks.converted import ConvertedTask
-from stillhouse.tasks.language import LanguageSystem, LanguageTask
+from stillhouse.tasks.converted import Aligned, ConvertedTask
+from stillhouse.tasks.experiments import Experiment
+from stillhouse.tasks.language import LanguageSystem
 
 
 @dataclass(kw_only=True)
@@ -66,9 +65,7 @@ class MOHAWK(LanguageSystem):
         None
     )
     inherit: Annotated[Inherit, "what mixers get from the attention: nothing, W_V and W_O, or all projections"] = "none"
-    align: Annotated[Literal["mixer", "block"], "stage 2 compares the outputs of the mixers, or of whole layers"] = (
-        "mixer"
-    )
+    align: Annotated[Aligned, "stage 2 compares the outputs of the mixers, or of whole layers"] = "mixer"
     orientation_window: Annotated[int | None, "tokens of a window that stage 1 reads; maps are quadratic in it"] = None
     temperature: Annotated[float, "softens both distributions in stage 3", Gt(0)] = 1.0
     alpha: Annotated[float, "weight of the teacher in stage 3; the labels get the rest", Ge(0), Le(1)] = 1.0
@@ -80,82 +77,54 @@ class MOHAWK(LanguageSystem):
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         if self.orientation + self.alignment >= 1:
             raise ConfigError("mohawk: orientation and alignment together must leave steps for stage 3 (below 1)")
-        if self.pretrain:
-            raise ConfigError("mohawk: the student is made from the teacher, so there is nothing to pretrain")
-        task = ConvertedTask.of((yield from LanguageTask.prepare(self, run)))
-        new = partial(
-            convert,
-            attention_layers=self.attention_layers or [],
-            state_size=self.state_size,
-            conv_width=self.conv_width,
-            inherit=self.inherit,
+        task = yield from ConvertedTask.prepare(self, run)
+        latest = converted = yield task.converted(
+            self.attention_layers or [], state_size=self.state_size, conv_width=self.conv_width, inherit=self.inherit
         )
-        latest = converted = yield Transform("converted", lambda _: new(task.teacher), save=task.save)
         total = self.steps or task.steps_of(self.epochs)
         first, second = (round(share * total) for share in (self.orientation, self.alignment))
         if first:
             latest = yield task.layerwise(
-                "orientation",
-                latest,
-                matrix_orientation,
-                give="matrix",
-                steps=first,
-                parts=StateSpaceMixer.IN_MATRIX,
-                window=self.orientation_window,
+                "orientation", latest, matrix_orientation, give="matrix", steps=first, window=self.orientation_window
             )
         if second:
             latest = yield task.layerwise("alignment", latest, hidden_alignment, give=self.align, steps=second)
-        task.new_student = partial(load_converted, latest.path, dtype=torch.float32)
-        teacher = head_of(task.observed_teacher())
+        task.begin_as(latest)
+        teacher, divergence = head_of(task.observed_teacher()), ForwardKL(temperature=self.temperature)
+        weights: dict[str, Any] = {"divergence_weight": self.alpha, "cross_entropy": 1 - self.alpha}
         student = yield task.train(
             "student",
-            lambda student: TokenMatch(
-                head_of(student),
-                teacher,
-                ForwardKL(temperature=self.temperature),
-                divergence_weight=self.alpha,
-                cross_entropy=1 - self.alpha,
-                vocab_size=task.vocab_size,
-            ),
+            lambda student: TokenMatch(head_of(student), teacher, divergence, vocab_size=task.vocab_size, **weights),
             steps=total - first - second,
         )
         models = {"student": student}
         if self.baseline:
-            task.new_student = partial(load_converted, converted.path, dtype=torch.float32)
+            task.begin_as(converted)
             models["baseline"] = yield task.baseline()
         yield task.evaluation(models)
 
     def claims(self) -> list[Claim]:
+        common = {"steps": 120, "batch_size": 8, "eval_windows": 16, "baseline": False, "keep": "last"}
         # A teacher's weights in the mixers would be a head start that hides what the stages do: they begin at random.
-        common = {
-            "steps": 120,
-            "batch_size": 8,
-            "eval_windows": 16,
-            "baseline": False,
-            "keep": "last",
-            "inherit": "none",
+        common["inherit"] = "none"
+        arms = {
+            "three stages": common,
+            "stages 2 and 3": {**common, "orientation": 0.0, "alignment": 0.5},
+            "stage 3 alone": {**common, "orientation": 0.0, "alignment": 0.0},
         }
-        variants = {
-            "three stages": ("mohawk", common),
-            "stages 2 and 3": ("mohawk", {**common, "orientation": 0.0, "alignment": 0.5}),
-            "stage 3 alone": ("mohawk", {**common, "orientation": 0.0, "alignment": 0.0}),
-        }
-        central = Claim(
-            statement="matching mixing matrices and hidden states first brings the state-space student closer to its "
-            "attention teacher than distilling the logits alone",
-            metric="mean KL(teacher || student) on held-out text, nats per token",
-            method="three stages",
-            baseline="stage 3 alone",
-            variants={name: variants[name] for name in ("three stages", "stage 3 alone")},
-            measure=lambda artifacts: artifacts["evaluation"].metrics["student/kl"],
-            higher_is_better=False,
-            seeds=3,
-            budget="120 steps in all stages together, equal batches, learning rates and initial mixers",
-        )
-        orientation = replace(
-            central,
-            statement="matching the mixing matrices before the hidden states is better than the hidden states alone",
-            baseline="stages 2 and 3",
-            variants={name: variants[name] for name in ("three stages", "stages 2 and 3")},
-        )
-        return [central, orientation]
+        budget = "120 steps in all stages together, equal batches, learning rates and initial mixers"
+        claim = partial(Experiment("mohawk", arms, budget).claim, method="three stages", higher_is_better=False)
+        kl = ("mean KL(teacher || student) on held-out text, nats per token", "student/kl")
+        return [
+            claim(
+                "matching mixing matrices and hidden states first brings the state-space student closer to its "
+                "attention teacher than distilling the logits alone",
+                *kl,
+                baseline="stage 3 alone",
+            ),
+            claim(
+                "matching the mixing matrices before the hidden states is better than the hidden states alone",
+                *kl,
+                baseline="stages 2 and 3",
+            ),
+        ]

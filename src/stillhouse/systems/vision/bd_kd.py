@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt
@@ -83,16 +82,7 @@ class BDKD(VisionSystem):
         if self.online:
             objective = match(teacher.output("logits"), [s.output("logits") for s in students], of_teacher)
             players.append(task.player("teacher", teacher, objective))
-
-        def save(model: Any, folder: Path) -> None:
-            """The student, and its companions in folders of their own."""
-            task.save(model, folder)
-            for player in players[1:]:
-                task.save(player.trained[0].module, folder / player.name)
-
-        trained = yield task.stage("student", players, save=save, together=True)
-        models: dict[str, Artifact | Path] = {"student": trained}
-        models |= {player.name: trained.path / player.name for player in players[1:]}
+        models = yield from task.together("student", players)
         if self.baseline:
             models["baseline"] = yield task.baseline()
         yield task.evaluation(models)
@@ -104,12 +94,12 @@ class BDKD(VisionSystem):
             "labels alone": {"weight": 0.0, "baseline": False},
         }
         claim = Experiment("bd-kd", arms, "equal steps, batches and initial weights of both networks").claim
-        accuracy, on = "the student's accuracy on noisy test digits", "on noisy test digits"
+        on = "on noisy test digits"
+        accuracy = f"the student's accuracy {on}", "student/accuracy"
         return [
             claim(
                 "balanced divergences give a more accurate student than mutual learning",
-                accuracy,
-                "student/accuracy",
+                *accuracy,
                 "bd-kd",
                 "mutual learning",
             ),
@@ -123,8 +113,7 @@ class BDKD(VisionSystem):
             ),
             claim(
                 "the student is more accurate than one that learns from the labels alone",
-                accuracy,
-                "student/accuracy",
+                *accuracy,
                 "bd-kd",
                 "labels alone",
                 scope="consequence",
