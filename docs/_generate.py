@@ -92,8 +92,18 @@ def page() -> str:
 
 def readme(text: str) -> str:
     """The README with a fresh table between its marks; unchanged without them."""
-    lines = [[f"`{one['name']}`", one["citation"] or one["title"], verdict_of(one["name"])] for one in rows()]
-    return MARKED.sub(lambda marks: marks[1] + table(["system", "what it is", "verdict"], lines) + marks[2], text)
+    lines = [
+        [
+            f"`{one['name']}`",
+            "" if one["card"] is None else f"{one['card']:03}",
+            one["domain"],
+            one["citation"] or one["title"],
+            verdict_of(one["name"]),
+        ]
+        for one in sorted(rows(), key=lambda one: (one["domain"], one["name"]))
+    ]
+    head = ["system", "card", "domain", "what it is", "verdicts"]
+    return MARKED.sub(lambda marks: marks[1] + table(head, lines) + marks[2], text)
 
 
 if __name__ == "__main__":

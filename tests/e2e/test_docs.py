@@ -28,7 +28,7 @@ from stillhouse.workflow import split_values, stage_artifacts
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
+PAGES = [*sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("tasks/*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 
 
@@ -44,7 +44,7 @@ def commands(page: Path) -> list[list[str]]:
         line
         for language, _, code in BLOCK.findall(page.read_text(encoding="utf-8"))
         if language in ("sh", "console")
-        for line in code.splitlines()
+        for line in code.replace("\\\n", " ").splitlines()
     ]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("stillhouse ")]
 
