@@ -136,7 +136,7 @@ def same(one: Any, other: Any) -> bool:
             isinstance(other, Tensor)
             and one.dtype == other.dtype
             and one.shape == other.shape
-            and one.contiguous().view(torch.uint8).equal(other.contiguous().view(torch.uint8))
+            and one.flatten().view(torch.uint8).equal(other.flatten().view(torch.uint8))
             if one.ndim and one.numel()
             else torch.equal(one, other) and one.dtype == other.dtype
         )
