@@ -130,13 +130,17 @@ def test_json(tmp_path):
 # -- trees ----------------------------------------------------------------------------------------------------------
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+
+
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         return (
             isinstance(other, Tensor)
             and one.dtype == other.dtype
             and one.shape == other.shape
-            and one.flatten().view(torch.uint8).equal(other.flatten().view(torch.uint8))
+            and bytes_of(one).equal(bytes_of(other))
             if one.ndim and one.numel()
             else torch.equal(one, other) and one.dtype == other.dtype
         )
