@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stillhouse.base.errors import ModelError, one_line, suggest
 from stillhouse.models.errors import clear_errors, quiet
-from stillhouse.models.loading import _check_config_file, _check_report, _local_folder
+from stillhouse.models.loading import check_config_file, check_report, local_folder
 from stillhouse.models.scaling import parameter_count
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def load_image_classifier(
     from transformers import AutoModelForImageClassification
 
     config = read_image_config(name, trust_remote_code=trust_remote_code)
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if folder is not None and not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: no weights in it (*.safetensors); save the model with save_pretrained")
     with clear_errors(name):
@@ -49,7 +49,7 @@ def load_image_classifier(
             ignore_mismatched_sizes=True,  # they are refused below, with their names
             output_loading_info=True,
         )
-    _check_report(name, report)
+    check_report(name, report)
     return model.eval()
 
 
@@ -58,9 +58,9 @@ def read_image_config(name: str, *, trust_remote_code: bool = False) -> Pretrain
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as KNOWN
 
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if folder is not None:
-        _check_config_file(folder, trust_remote_code=trust_remote_code)
+        check_config_file(folder, trust_remote_code=trust_remote_code)
     with clear_errors(name):
         config = AutoConfig.from_pretrained(folder or name, trust_remote_code=trust_remote_code)
     if not trust_remote_code and config.model_type not in KNOWN:
@@ -222,7 +222,7 @@ def image_processor(name: str | None, *, image_size: int | None, channels: int) 
     if name is not None:
         try:
             with quiet():
-                own = AutoImageProcessor.from_pretrained(_local_folder(name) or name)
+                own = AutoImageProcessor.from_pretrained(local_folder(name) or name)
         except (OSError, ValueError, ImportError):  # it brings none, or one that needs what is not installed
             own = None
     if own is not None and image_size is None:

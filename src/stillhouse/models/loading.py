@@ -53,16 +53,16 @@ def load_causal_lm(
     wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if wanted != "auto" and not isinstance(wanted, torch.dtype):
         raise ModelError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if folder is not None and is_converted(folder):  # attention replaced by stillhouse: a model type of its own
-        _check_files(folder)
+        check_files(folder)
         model = load_converted(folder, dtype=wanted if isinstance(wanted, torch.dtype) else None)
-        tokenizer = _load_tokenizer(name, folder, revision=revision, trust_remote_code=False)
+        tokenizer = load_tokenizer(name, folder, revision=revision, trust_remote_code=False)
         _check_ids_fit(name, model, tokenizer)
         return model, tokenizer
     config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     if folder is not None:
-        _check_files(folder)
+        check_files(folder)
     with clear_errors(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder or name,
@@ -75,8 +75,8 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,  # they are refused below, with their names
             output_loading_info=True,
         )
-    _check_report(name, report)
-    tokenizer = _load_tokenizer(name, folder, revision=revision, trust_remote_code=trust_remote_code)
+    check_report(name, report)
+    tokenizer = load_tokenizer(name, folder, revision=revision, trust_remote_code=trust_remote_code)
     _check_ids_fit(name, model, tokenizer)
     return model.eval(), tokenizer
 
@@ -89,9 +89,9 @@ def read_config(name: str, *, revision: str = "main", trust_remote_code: bool = 
     """
     from transformers import AutoConfig
 
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if folder is not None:
-        _check_config_file(folder, trust_remote_code=trust_remote_code)
+        check_config_file(folder, trust_remote_code=trust_remote_code)
     with clear_errors(name):
         config = AutoConfig.from_pretrained(folder or name, revision=revision, trust_remote_code=trust_remote_code)
     if not trust_remote_code:
@@ -107,7 +107,7 @@ def has_remote_code(directory: str | Path) -> bool:
     )
 
 
-def _load_tokenizer(
+def load_tokenizer(
     name: str, folder: Path | None, *, revision: str, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
     """As saved: for some model types AutoTokenizer would put rules of its own around a general tokenizer.json."""
@@ -122,7 +122,7 @@ def _load_tokenizer(
         return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def _local_folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """The directory ``name`` stands for, or None if it is a hub id; an error if it can be neither."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -150,7 +150,7 @@ def _read_json(path: Path) -> object:
         raise ModelError(f"{path}: not readable as JSON ({one_line(error)}); save or download it again") from error
 
 
-def _check_config_file(folder: Path, *, trust_remote_code: bool) -> None:
+def check_config_file(folder: Path, *, trust_remote_code: bool) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     path = folder / "config.json"
@@ -192,7 +192,7 @@ def _check_is_causal(name: str, kind: str, architectures: list[str] | None) -> N
     )
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     files = _shards(folder, index) if index.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
@@ -254,7 +254,7 @@ def _check_safetensors(file: Path) -> None:
 # Checks of what was loaded
 
 
-def _check_report(name: str, report: dict[str, Any]) -> None:
+def check_report(name: str, report: dict[str, Any]) -> None:
     missing, problem = sorted(report["missing_keys"]), ""
     if report["mismatched_keys"]:
         key, saved, expected = min(report["mismatched_keys"])

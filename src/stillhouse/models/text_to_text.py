@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.models.errors import clear_errors
-from stillhouse.models.loading import _check_files, _load_tokenizer, _local_folder, load_causal_lm
+from stillhouse.models.loading import check_files, load_causal_lm, load_tokenizer, local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,16 +117,16 @@ def load_text_to_text(name: str, *, trust_remote_code: bool = False) -> TextToTe
     """
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-    folder = _local_folder(name)
+    folder = local_folder(name)
     with clear_errors(name):
         config: Any = AutoConfig.from_pretrained(folder or name, trust_remote_code=trust_remote_code)
     if not config.is_encoder_decoder:
         return TextToText(*load_causal_lm(name, dtype=torch.float32, trust_remote_code=trust_remote_code))
     if folder is not None:
-        _check_files(folder)
+        check_files(folder)
     with clear_errors(name):
         model = AutoModelForSeq2SeqLM.from_pretrained(
             folder or name, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
-    tokenizer = _load_tokenizer(name, folder, revision="main", trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, folder, revision="main", trust_remote_code=trust_remote_code)
     return TextToText(model.eval(), tokenizer)

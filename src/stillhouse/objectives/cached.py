@@ -13,7 +13,7 @@ from stillhouse.core.observed import Batch, Observed
 from stillhouse.core.schedule import Progress, Scheduled
 from stillhouse.losses.divergences import RowDivergence
 from stillhouse.losses.sparse_divergence import Rest, linear_topk_divergence
-from stillhouse.objectives.language import LanguageHead, predicted
+from stillhouse.objectives.language import LanguageHead, fused_values, predicted
 from stillhouse.objectives.scheduled import ScheduledDivergence
 
 
@@ -94,8 +94,4 @@ class CachedTokenMatch(Term):
             chunk_tokens=self.chunk_tokens,
         )
         self.divergence.record(result.divergence, progress)
-        values = [TermValue(self.name, result.divergence, divergence_weight, carrier=result.loss)]
-        if result.cross_entropy is not None:
-            nothing = torch.zeros_like(result.cross_entropy)
-            values.append(TermValue("CrossEntropy", result.cross_entropy, label_weight, carrier=nothing))
-        return values
+        return fused_values(self.name, result, divergence_weight, label_weight)

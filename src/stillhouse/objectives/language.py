@@ -15,7 +15,7 @@ from stillhouse.core.objective import Term, TermValue
 from stillhouse.core.observed import Batch, Observed, Signal, View
 from stillhouse.core.schedule import Progress, Scheduled
 from stillhouse.losses.divergences import RowDivergence
-from stillhouse.losses.linear_divergence import linear_cross_entropy, linear_divergence
+from stillhouse.losses.linear_divergence import LinearDivergence, linear_cross_entropy, linear_divergence
 from stillhouse.models.causal_lm import output_head
 from stillhouse.objectives.scheduled import ScheduledDivergence
 
@@ -62,6 +62,15 @@ def predicted(batch: Batch) -> tuple[Tensor, Tensor]:
     labels_BT = batch["input_ids"][:, 1:]
     mask = batch.get("loss_mask", batch.get("attention_mask"))
     return labels_BT, torch.ones_like(labels_BT) if mask is None else mask[:, 1:]
+
+
+def fused_values(name: str, result: LinearDivergence, divergence_weight: float, label_weight: float) -> list[TermValue]:
+    """The terms of a pass that computed a divergence and perhaps a cross-entropy; the first carries the sum."""
+    values = [TermValue(name, result.divergence, divergence_weight, carrier=result.loss)]
+    if result.cross_entropy is not None:
+        nothing = torch.zeros_like(result.cross_entropy)
+        values.append(TermValue("CrossEntropy", result.cross_entropy, label_weight, carrier=nothing))
+    return values
 
 
 class TokenMatch(Term):
@@ -134,11 +143,7 @@ class TokenMatch(Term):
             chunk_tokens=self.chunk_tokens,
         )
         self.divergence.record(result.divergence, progress)
-        values = [TermValue(self.name, result.divergence, divergence_weight, carrier=result.loss)]
-        if result.cross_entropy is not None:
-            nothing = torch.zeros_like(result.cross_entropy)
-            values.append(TermValue("CrossEntropy", result.cross_entropy, label_weight, carrier=nothing))
-        return values
+        return fused_values(self.name, result, divergence_weight, label_weight)
 
 
 class TokenCrossEntropy(Term):
