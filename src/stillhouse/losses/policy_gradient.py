@@ -65,3 +65,15 @@ def average_tokens(
         return loss_N.sum() / (rows * constant)
     length_B = torch.bincount(row_N, minlength=rows)
     return (loss_N / length_B[row_N]).sum() / rows
+
+
+def later_in_row(values_N: Tensor, row_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, number) of the values that come after each one in its own row: (N), (N). ``row_N`` does not fall."""
+    if not len(values_N):
+        return values_N, values_N
+    length_B = torch.bincount(row_N)
+    end_N = length_B.cumsum(0)[row_N]  # one past the last value of the row
+    place_N = torch.arange(len(values_N), device=values_N.device)
+    upto_N = values_N.double().cumsum(0)
+    later_N = upto_N[end_N - 1] - upto_N
+    return later_N.to(values_N.dtype), (end_N - 1 - place_N).to(values_N.dtype)

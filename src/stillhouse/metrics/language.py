@@ -30,6 +30,7 @@ class LanguageFigures:
     hits: int = 0
     agreements: int = 0
     kl_nats: float = 0.0
+    reverse_kl_nats: float = 0.0
     reliability: Reliability = field(default_factory=Reliability)
 
     @property
@@ -55,6 +56,11 @@ class LanguageFigures:
     def kl(self) -> float:
         """Mean KL(reference || model), in nats a token."""
         return self.kl_nats / max(1, self.tokens)
+
+    @property
+    def reverse_kl(self) -> float:
+        """Mean KL(model || reference), in nats a token."""
+        return self.reverse_kl_nats / max(1, self.tokens)
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
         return self.loss / math.log(2) / bytes_per_token
@@ -83,7 +89,7 @@ class _Reader:
 def compare_causal_lms(
     models: Mapping[str, nn.Module], batches: Iterable[Batch], *, vocab_size: int, reference: str | None = None
 ) -> dict[str, LanguageFigures]:
-    """Figures of several causal LMs on the same batches, in one pass; agreement and KL are against ``reference``.
+    """Figures of several causal LMs on the same batches, in one pass; agreement and KLs are against ``reference``.
 
     ``batches`` hold ``input_ids`` (B, T), and optionally ``loss_mask`` or ``attention_mask``. Models should be in
     evaluation mode.
@@ -113,7 +119,9 @@ def _add(figures: LanguageFigures, log_q_NV: Tensor, labels_N: Tensor, log_p_NV:
     figures.reliability.add(best_N.exp(), correct_N)
     if log_p_NV is not None:
         figures.agreements += int((guess_N == log_p_NV.argmax(-1)).sum())
-        figures.kl_nats += (log_p_NV.exp() * (log_p_NV - log_q_NV)).double().sum().item()
+        difference_NV = log_p_NV - log_q_NV
+        figures.kl_nats += (log_p_NV.exp() * difference_NV).double().sum().item()
+        figures.reverse_kl_nats -= (log_q_NV.exp() * difference_NV).double().sum().item()
 
 
 @torch.no_grad()

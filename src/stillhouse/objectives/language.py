@@ -14,7 +14,7 @@ from torch import Tensor
 from stillhouse.core.objective import Term, TermValue
 from stillhouse.core.observed import Batch, Observed, Signal, View
 from stillhouse.core.schedule import Progress, Scheduled
-from stillhouse.losses.divergences import RowDivergence
+from stillhouse.losses.divergences import LabelledDivergence, RowDivergence
 from stillhouse.losses.linear_divergence import LinearDivergence, linear_cross_entropy, linear_divergence
 from stillhouse.models.causal_lm import output_head
 from stillhouse.objectives.scheduled import ScheduledDivergence
@@ -78,10 +78,12 @@ class TokenMatch(Term):
 
     Args:
         student, teacher: output heads (`head_of`).
-        divergence: one of `stillhouse.losses.divergences`, or a callable that gives a loss per row of logits.
+        divergence: one of `stillhouse.losses.divergences`, or a callable that gives a loss per row of logits. One that
+            asks for labels (`stillhouse.losses.target_split`) gets the next token.
         divergence_weight, cross_entropy: weights of the two terms; numbers or schedules.
         vocab_size: the real vocabulary, where models pad theirs differently.
         chunk_tokens: tokens whose logits exist at one time; chosen from the vocabulary by default.
+        rows: entry of the batch that weighs its rows (B); those of weight 0 cost nothing.
         scheduled: fields of ``divergence`` that follow a schedule.
     """
 
@@ -95,6 +97,7 @@ class TokenMatch(Term):
         cross_entropy: Scheduled = 0.0,
         vocab_size: int | None = None,
         chunk_tokens: int | None = None,
+        rows: str | None = None,
         name: str | None = None,
         **scheduled: Scheduled,
     ) -> None:
@@ -106,6 +109,7 @@ class TokenMatch(Term):
         self.cross_entropy = cross_entropy
         self.vocab_size = vocab_size
         self.chunk_tokens = chunk_tokens
+        self.rows = rows
 
     def compute(
         self,
@@ -120,22 +124,26 @@ class TokenMatch(Term):
         teacher_bias: Tensor | None = None,
     ) -> list[TermValue]:
         labels_BT, weight_BT = predicted(batch)
+        if self.rows is not None:
+            weight_BT = weight_BT * batch[self.rows][:, None]
         student, teacher = self.heads
         divergence_weight = self.at(self.divergence_weight, progress)
         label_weight = self.at(self.cross_entropy, progress)
+        divergence = self.divergence.now(self, progress)
+        with_labels = self.cross_entropy != 0 or isinstance(divergence, LabelledDivergence)
         result = linear_divergence(
             student_hidden[:, :-1],
             student_weight,
             teacher_hidden[:, :-1],
             teacher_weight,
-            divergence=self.divergence.now(self, progress),
+            divergence=divergence,
             student_bias_V=student_bias,
             teacher_bias_V=teacher_bias,
             student_logit_scale=student.scale,
             teacher_logit_scale=teacher.scale,
             student_softcap=student.softcap,
             teacher_softcap=teacher.softcap,
-            labels_N=None if self.cross_entropy == 0 else labels_BT,
+            labels_N=labels_BT if with_labels else None,
             divergence_weight=divergence_weight,
             cross_entropy_weight=label_weight,
             weight_N=weight_BT,
@@ -147,12 +155,23 @@ class TokenMatch(Term):
 
 
 class TokenCrossEntropy(Term):
-    """Next-token cross-entropy of a language model against its batch."""
+    """Next-token cross-entropy of a language model against its batch.
 
-    def __init__(self, student: LanguageHead, *, vocab_size: int | None = None, name: str | None = None) -> None:
+    ``entry``: the part of the batch that the head's view reads, where that is not the batch itself.
+    """
+
+    def __init__(
+        self,
+        student: LanguageHead,
+        *,
+        vocab_size: int | None = None,
+        entry: str | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(name=name or "CrossEntropy", **student.signals("student"))
         self.head = student
         self.vocab_size = vocab_size
+        self.entry = entry
 
     def compute(
         self,
@@ -163,7 +182,7 @@ class TokenCrossEntropy(Term):
         student_bias: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        labels_BT, weight_BT = predicted(batch)
+        labels_BT, weight_BT = predicted(batch if self.entry is None else batch[self.entry])
         return linear_cross_entropy(
             student_hidden[:, :-1],
             student_weight,

@@ -31,7 +31,7 @@ from stillhouse.losses.token_logprobs import Head, in_chunks, token_logprobs
 from stillhouse.objectives.language import LanguageHead
 
 
-def _opened(head: LanguageHead, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Head]:
+def opened(head: LanguageHead, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Head]:
     """(hidden states without the last position, the head as tensors)."""
     weight, bias = tensors[f"{prefix}_weight"], tensors.get(f"{prefix}_bias")
     return tensors[f"{prefix}_hidden"][:, :-1], Head(weight, bias, head.scale, head.softcap)
@@ -42,9 +42,9 @@ def response_logprobs(head: LanguageHead, batch: Mapping[str, Any], *, temperatu
     signals = head.signals("model")
     turn = Turn(signals.values())
     batch = as_batch(batch)
-    hidden_BTD, opened = _opened(head, "model", {name: turn.read(signal, batch) for name, signal in signals.items()})
+    hidden_BTD, layer = opened(head, "model", {name: turn.read(signal, batch) for name, signal in signals.items()})
     at_BT, label_N, _ = response_tokens(batch)
-    return token_logprobs(hidden_BTD[at_BT], opened, label_N, temperature=temperature)
+    return token_logprobs(hidden_BTD[at_BT], layer, label_N, temperature=temperature)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class PairLoss(Term):
         rows = len(batch["input_ids"])
 
         def sums(head: LanguageHead, prefix: str) -> tuple[Tensor, ...]:
-            hidden_BTD, opened = _opened(head, prefix, tensors)
-            logp_N = token_logprobs(hidden_BTD[at_BT], opened, label_N)
+            hidden_BTD, layer = opened(head, prefix, tensors)
+            logp_N = token_logprobs(hidden_BTD[at_BT], layer, label_N)
             return sums_by_row(logp_N, row_N, rows).chunk(2)
 
         student, reference = self.heads
@@ -136,7 +136,7 @@ class PolicyGradient(Term):
     def compute(self, *, batch: Batch, progress: Progress, **tensors: Tensor) -> list[TermValue]:
         at_BT, label_N, row_N = response_tokens(batch)
         student, reference = self.heads
-        hidden_BTD, head = _opened(student, "student", tensors)
+        hidden_BTD, head = opened(student, "student", tensors)
         logp_N = token_logprobs(hidden_BTD[at_BT], head, label_N, temperature=self.temperature)
         loss_N = clipped_surrogate(
             logp_N, batch.get("old_logp", logp_N.detach()), batch["advantages"][row_N], **self.clip
@@ -144,7 +144,7 @@ class PolicyGradient(Term):
         values = [TermValue(self.name, self._average(loss_N, row_N, batch))]
         log_rollouts(self, batch)
         if reference is not None:
-            hidden_BTD, head = _opened(reference, "reference", tensors)
+            hidden_BTD, head = opened(reference, "reference", tensors)
             ref_logp_N = token_logprobs(hidden_BTD[at_BT], head, label_N, temperature=self.temperature)
             kl_N = kl_to_reference(logp_N, ref_logp_N, estimator=self.estimator)
             values.append(TermValue("KL", self._average(kl_N, row_N, batch), self.at(self.kl, progress)))
@@ -203,7 +203,7 @@ class RoutedDistillation(Term):
     def compute(self, *, batch: Batch, progress: Progress, **tensors: Tensor) -> list[TermValue]:
         at_BT, label_N, row_N = response_tokens(batch)
         student, teacher = self.heads
-        hidden_BTD, head = _opened(student, "student", tensors)
+        hidden_BTD, head = opened(student, "student", tensors)
         hidden_ND = hidden_BTD[at_BT]
         logp_N = token_logprobs(hidden_ND, head, label_N, temperature=self.temperature)
         old_logp_N = batch.get("old_logp", logp_N.detach())
@@ -212,7 +212,7 @@ class RoutedDistillation(Term):
         distilled_N = z_distil_N > 0
         tokens = ((z_group_N > 0) | distilled_N).sum().clamp(min=1)
 
-        hinted_BTD, teacher_head = _opened(teacher, "teacher", tensors)
+        hinted_BTD, teacher_head = opened(teacher, "teacher", tensors)
         target_SD = hinted_BTD[response_tokens(batch["hinted"])[0]]
         divergence_S, entropy_S = self._divergence(hidden_ND[distilled_N], target_SD, head, teacher_head)
         weight_S = torch.ones_like(entropy_S) if self.beta is None else certainty_weights(entropy_S, beta=self.beta)

@@ -7,7 +7,7 @@ small teacher is trained on it once and kept in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 
 from stillhouse.base.errors import ConfigError
 from stillhouse.base.table import Column, Table
-from stillhouse.core.artifact import Artifact
+from stillhouse.core.artifact import Artifact, Saver
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Batch, Observed
 from stillhouse.core.player import Player, adamw
@@ -42,6 +42,7 @@ from stillhouse.models.tokenizers import check_same_tokenizer, train_bpe
 from stillhouse.objectives.language import TokenCrossEntropy, head_of
 
 DEMO = "demo"
+Measure = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass(kw_only=True)
@@ -145,8 +146,17 @@ class LanguageTask:
         task = LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
         if system.pretrain:
             pretrained = yield task.train("pretrain", task.cross_entropy, steps=task.steps_of(system.pretrain))
-            task.new_student = lambda: _load_student(str(pretrained.path), system)[0]
+            task.begin_as(pretrained)
         return task
+
+    @property
+    def save(self) -> Saver:
+        """Writes a model with its tokenizer."""
+        return partial(save_pretrained, tokenizer=self.tokenizer)
+
+    def begin_as(self, artifact: Artifact) -> None:
+        """From now on new students begin as the model that a stage left."""
+        self.new_student = lambda: _load_student(str(artifact.path), self.system)[0]
 
     def steps_of(self, epochs: float) -> int:
         """Optimizer steps in so many passes over the training text."""
@@ -161,8 +171,19 @@ class LanguageTask:
         """The objective of a student that learns from the text alone."""
         return TokenCrossEntropy(head_of(student), vocab_size=self.vocab_size)
 
-    def train(self, name: str, objective: Callable[[Observed], Objective], *, steps: int | None = None) -> Train:
-        """A stage that trains a new student: ``objective`` gets the observed student."""
+    def train(
+        self,
+        name: str,
+        objective: Callable[[Observed], Objective],
+        *,
+        steps: int | None = None,
+        source: Callable[[Observed], Any] | None = None,
+    ) -> Train:
+        """A stage that trains a new student: ``objective`` gets the observed student.
+
+        ``source`` makes the batches from the observed student too, for those it writes itself; by default they are the
+        training text's.
+        """
         system = self.system
         model = self.new_student()
         if system.gradient_checkpointing:
@@ -179,14 +200,18 @@ class LanguageTask:
         return Train(
             name,
             player,
-            source=Batches(self.windows.train, system.batch_size, seed=system.seed, gather=True),
+            source=self.batches() if source is None else source(student),
             steps=steps or system.steps or self.steps_of(system.epochs),
             accumulate=system.accumulate,
             evaluate=partial(self.selection_figures, model),
             best="selection_loss" if system.keep == "best" else None,
-            save=partial(save_pretrained, tokenizer=self.tokenizer),
+            save=self.save,
             compile=system.compile,
         )
+
+    def batches(self) -> Batches:
+        """Batches of the training text."""
+        return Batches(self.windows.train, self.system.batch_size, seed=self.system.seed, gather=True)
 
     def baseline(self) -> Train:
         """The same student on the text alone: what distillation has to beat."""
@@ -209,11 +234,18 @@ class LanguageTask:
         figures = compare_causal_lms({"model": model}, batches, vocab_size=self.vocab_size)["model"]
         return {"selection_loss": figures.loss, "perplexity": figures.perplexity}
 
-    def evaluation(self, models: dict[str, Artifact]) -> Evaluate:
-        """The final table: the teacher beside the models that were trained."""
-        return Evaluate("evaluation", partial(self._evaluate, models))
+    def evaluation(
+        self, models: dict[str, Artifact], *, more: Measure | None = None, columns: Sequence[Column] = ()
+    ) -> Evaluate:
+        """The final table: the teacher beside the models that were trained.
 
-    def _evaluate(self, artifacts: dict[str, Artifact], context: Context) -> tuple[Table, dict[str, Any]]:
+        ``more`` measures what else a method is about, by model, for ``columns`` of their own.
+        """
+        return Evaluate("evaluation", partial(self._evaluate, models, more, columns))
+
+    def _evaluate(
+        self, artifacts: dict[str, Artifact], more: Measure | None, columns: Sequence[Column], context: Context
+    ) -> tuple[Table, dict[str, Any]]:
         models: dict[str, nn.Module] = {"teacher": self.teacher.to(self.run.fabric.device).eval()}
         models |= {name: self.load(artifact) for name, artifact in artifacts.items()}
         found = compare_causal_lms(
@@ -233,6 +265,7 @@ class LanguageTask:
                 "kl": figures.kl,
                 "ece": figures.reliability.ece,
                 "tokens_per_second": tokens_per_second(models[name], batch),
+                **(more(models[name]) if more else {}),
             }
             rows.append(row)
             context.results |= {f"{name}/{key}": value for key, value in row.items() if key != "name"}
@@ -241,7 +274,7 @@ class LanguageTask:
             "reliability.json": {name: figures.reliability.to_json() for name, figures in found.items()},
             "samples.json": self._samples(models),
         }
-        return Table("Held-out text", COLUMNS, rows, [note]), files
+        return Table("Held-out text", [*COLUMNS, *columns], rows, [note]), files
 
     def _samples(self, models: dict[str, nn.Module], *, count: int = 3, tokens: int = 48) -> list[dict[str, Any]]:
         """How the models continue the same beginnings of held-out text, greedily."""

@@ -1,0 +1,96 @@
+"""The divergence of whole responses, as a policy gradient.
+
+Shapes: B rows (prompt and response), T tokens, N response tokens of the batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stillhouse.core.objective import Term, TermValue
+from stillhouse.core.observed import Batch
+from stillhouse.core.schedule import Progress
+from stillhouse.data.responses import response_tokens
+from stillhouse.losses.divergences import ReverseKL
+from stillhouse.losses.linear_divergence import linear_divergence
+from stillhouse.losses.policy_gradient import later_in_row
+from stillhouse.losses.token_logprobs import token_logprobs
+from stillhouse.objectives.language import LanguageHead
+from stillhouse.objectives.responses import opened
+
+
+class SequenceReverseKL(Term):
+    """KL(student || teacher) of responses that the student wrote (MiniLLM, Gu et al., 2024, arXiv 2306.08543, eq. 8).
+
+    The gradient is split in two: ``SingleStep``, the exact reverse KL of every token's distribution, and ``Long``, the
+    policy gradient -w R grad log q(y_t) with R the mean of log p/q over the tokens after y_t. Both are averages over
+    the batch's response tokens.
+
+    Args:
+        student, teacher: output heads.
+        teacher_share: of the mixture ``(1 - share) q + share p`` that the tokens were drawn from; each is weighed by
+            w = q / mixture, the paper's approximation of the whole prefix's ratio.
+        length_normalised: R is the mean over what comes after; if not, the sum (the exact gradient, where share is 0).
+    """
+
+    def __init__(
+        self,
+        student: LanguageHead,
+        teacher: LanguageHead,
+        *,
+        teacher_share: float = 0.2,
+        length_normalised: bool = True,
+        vocab_size: int | None = None,
+        name: str = "SingleStep",
+    ) -> None:
+        super().__init__(name=name, **student.signals("student"), **teacher.signals("teacher", detach=True))
+        self.heads = (student, teacher)
+        self.teacher_share = teacher_share
+        self.length_normalised = length_normalised
+        self.vocab_size = vocab_size
+
+    def compute(self, *, batch: Batch, progress: Progress, **tensors: Tensor) -> list[TermValue]:
+        at_BT, label_N, row_N = response_tokens(batch)
+        student_BTD, student = opened(self.heads[0], "student", tensors)
+        teacher_BTE, teacher = opened(self.heads[1], "teacher", tensors)
+        hidden_ND, target_NE = student_BTD[at_BT], teacher_BTE[at_BT]
+        logp_N = token_logprobs(hidden_ND, student, label_N)
+        with torch.no_grad():
+            gain_N = token_logprobs(target_NE, teacher, label_N) - logp_N  # log p / q
+            weight_N = self._weights(gain_N)
+            later_N, count_N = later_in_row(gain_N, row_N)
+            R_N = later_N / count_N.clamp(min=1) if self.length_normalised else later_N
+        single = linear_divergence(
+            hidden_ND,
+            student.weight,
+            target_NE,
+            teacher.weight,
+            divergence=ReverseKL(),
+            student_bias_V=student.bias,
+            teacher_bias_V=teacher.bias,
+            student_logit_scale=student.scale,
+            teacher_logit_scale=teacher.scale,
+            student_softcap=student.softcap,
+            teacher_softcap=teacher.softcap,
+            weight_N=weight_N,
+            vocab_size=self.vocab_size,
+            reduction="sum",
+        )
+        tokens = max(1, len(label_N))
+        self.log("kl", -gain_N.sum() / tokens)
+        self.log("weight", weight_N.sum() / tokens)
+        return [
+            TermValue(self.name, single.loss / tokens),
+            TermValue("Long", -(weight_N * R_N * logp_N).sum() / tokens),
+        ]
+
+    def _weights(self, gain_N: Tensor) -> Tensor:
+        """q / ((1 - share) q + share p), from log p / q."""
+        share = self.teacher_share
+        if not share:
+            return torch.ones_like(gain_N)
+        own_N = torch.full_like(gain_N, math.log1p(-share))
+        return torch.exp(-torch.logaddexp(own_N, gain_N + math.log(share)))
