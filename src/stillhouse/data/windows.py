@@ -38,7 +38,8 @@ class WindowSplit:
     """Windows of one split, map-style: ``split[3]`` gives tensors (T,), ``split[[3, 5]]`` gives (2, T).
 
     Every item is a dict of int64 tensors: ``input_ids``, and for conversations also ``attention_mask`` (1 on tokens,
-    0 on padding) and ``loss_mask`` (1 on tokens of a response; position 0 is never predicted).
+    0 on padding) and ``loss_mask`` (1 on tokens of a response; position 0 is never predicted). Packed ones have
+    ``position_ids`` instead of the attention mask: they begin at 0 with every conversation, and with the padding.
     """
 
     def __init__(self, columns_NT: dict[str, torch.Tensor]) -> None:
@@ -113,6 +114,7 @@ def tokenize_windows(
     window: int,
     validation: float | int = 0.05,
     selection: float | int = 0,
+    packing: bool = False,
     seed: int = 0,
 ) -> Windows:
     """Tokenise documents into windows of ``window`` tokens, some of them held out.
@@ -130,6 +132,7 @@ def tokenize_windows(
         validation: held out to report on: a share of the tokens (of the examples, for conversations) in (0, 1), or a
             number of windows. It does not depend on ``selection``.
         selection: held out to choose by, of the rest: which weights to keep, when to stop. 0 holds out nothing.
+        packing: put several conversations into a training window, by best fit. What is held out stays one a window.
 
     Raises:
         DataError: too little text for one training window and those held out, a tokenizer without EOS or character
@@ -150,8 +153,10 @@ def tokenize_windows(
     source = digest(FORMAT, data.fingerprint, data.kind, data.skipped, tokenizer_fingerprint(tokenizer))
     cut = _text_windows if data.kind == "text" else _chat_windows
     *columns, counts = cut(data, tokenizer, source, window, validation, selection, seed)
+    if packing and data.kind != "text":
+        columns[0] = packed(columns[0])
     train, chosen_by, held_out = map(WindowSplit, columns)
-    fingerprint = digest(source, window, validation, selection, seed)
+    fingerprint = digest(source, window, validation, selection, seed, *(["packed"] if packing else []))
     return Windows(train, chosen_by, held_out, window, data.kind, data.name, fingerprint, counts)
 
 
@@ -278,6 +283,42 @@ def _chat_windows(
         dropped=total - usable,
     )
     return train, chosen, held_out, counts
+
+
+def packed(columns_NT: _Columns) -> _Columns:
+    """Padded examples, several to a window of the same length: each goes where it leaves the least room.
+
+    Longest first (best fit decreasing). ``position_ids`` begin at 0 with every example, which is how ``transformers``
+    keeps them apart, and with the padding.
+    """
+    length_N = columns_NT["attention_mask"].sum(-1)
+    T = columns_NT["input_ids"].shape[1]
+    rooms: list[list[int]] = [[] for _ in range(T + 1)]  # windows by the room that is left in them
+    windows: list[list[int]] = []
+    for example in torch.argsort(length_N, descending=True, stable=True).tolist():
+        length = int(length_N[example])
+        room = next((room for room in range(length, T + 1) if rooms[room]), None)
+        if room is None:
+            room, place = T, len(windows)
+            windows.append([])
+        else:
+            place = rooms[room].pop()
+        windows[place].append(example)
+        rooms[room - length].append(place)
+    padding = columns_NT["input_ids"][columns_NT["attention_mask"] == 0]
+    filled = {name: torch.zeros(len(windows), T, dtype=torch.long) for name in ("loss_mask", "position_ids")}
+    filled["input_ids"] = torch.full((len(windows), T), int(padding[0]) if len(padding) else 0)
+    for row, examples in enumerate(windows):
+        start = 0
+        for example in examples:
+            end = start + int(length_N[example])
+            for name in ("input_ids", "loss_mask"):
+                filled[name][row, start:end] = columns_NT[name][example, : end - start]
+            filled["position_ids"][row, start:end] = torch.arange(end - start)
+            filled["loss_mask"][row, start] = 0  # nothing of its own stands before it
+            start = end
+        filled["position_ids"][row, start:] = torch.arange(T - start)
+    return filled
 
 
 def _cut(stream: np.ndarray, T: int) -> np.ndarray:

@@ -169,6 +169,8 @@ class Policies:
     def prepare(system: PolicySystem, task: LanguageTask) -> Generator[Stage, Artifact, Policies]:
         """With text=teacher this yields the stage in which the teacher writes."""
         coder = Coder(task.tokenizer)
+        if system.packing and system.chooser() != Share(0.0):
+            raise ConfigError("packing=true: a window of several conversations has no one prompt to go on from")
         policies = Policies(system, task, coder, task.batches())
         if system.text == "teacher":
             policies.texts = policies.batches_of((yield policies.teacher_texts()))

@@ -32,6 +32,7 @@ from stillhouse.teachers.topk_codec import Arrays, Tables, TopK, TopKCodec
 
 FORMAT = 1  # raise it when the same outputs are written differently
 SAMPLE_ID = "sample_id"
+READ = ("input_ids", "attention_mask", "position_ids")  # what a language model is fed
 Compute = Callable[[list[int]], Mapping[str, Tensor]]
 
 
@@ -499,7 +500,8 @@ def causal_lm_cache(
 ) -> TeacherCache:
     """The cache of a causal language model's next-token distributions on windows of text.
 
-    ``data[ids]`` gives ``input_ids`` (S, T), and an ``attention_mask`` if there is padding; position t of the cache
+    ``data[ids]`` gives ``input_ids`` (S, T), an ``attention_mask`` if there is padding, ``position_ids`` if windows are
+    packed; position t of the cache
     is what the model says after token t, for t = 0 ... T - 2. From ``k`` = ``vocab_size`` on, logits are kept whole.
     """
     whole = k >= vocab_size
@@ -508,7 +510,7 @@ def causal_lm_cache(
     @torch.no_grad()
     def compute(ids: list[int]) -> dict[str, Tensor]:
         device = next(model.parameters()).device
-        batch = {key: value.to(device) for key, value in data[ids].items() if key in ("input_ids", "attention_mask")}
+        batch = {key: value.to(device) for key, value in data[ids].items() if key in READ}
         model.eval()
         return {"logits": model(**batch, use_cache=False).logits[:, :-1, :vocab_size]}
 
