@@ -241,11 +241,10 @@ def test_windows_put_together_are_the_token_stream(tokenizer, texts, window, see
     train, held_out = stream_of(windows.train), stream_of(windows.validation)
     assert len(train) % window == len(held_out) % window == 0
     assert len(train) + len(held_out) + windows.counts.left_over == len(stream)
-    if stream[: len(train)] == train:  # the end of the stream is held out
-        assert any(stream[start:][: len(held_out)] == held_out for start in range(len(train), len(stream)))
-    else:
-        assert is_made_of_whole_documents(train, ids)
-        assert is_made_of_whole_documents(held_out, ids)
+    end = stream[: len(train)] == train and any(
+        stream[start:][: len(held_out)] == held_out for start in range(len(train), len(stream))
+    )
+    assert end or (is_made_of_whole_documents(train, ids) and is_made_of_whole_documents(held_out, ids))
 
 
 def is_made_of_whole_documents(stream: list[int], documents: list[list[int]]) -> bool:

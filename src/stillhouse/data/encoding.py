@@ -102,6 +102,7 @@ CHAT_COLUMNS = {
     "loss_mask": "uint8",
     "sizes": "int32",
     "truncated": "uint8",
+    "document": "int32",
 }
 """What :func:`encode_conversations` gives: column -> type of the numbers in it."""
 
@@ -113,7 +114,7 @@ def encode_conversations(
 
     Returns:
         ``input_ids``, ``attention_mask``, ``loss_mask`` and ``sizes`` (bytes of a predicted token), padded at the
-        right, and ``truncated`` (1 if the end did not fit).
+        right, ``truncated`` (1 if the end did not fit) and ``document`` (its index).
     """
     pairs = zip(batch.get("prompt", []), batch.get("completion", []), strict=True)
     conversations = batch.get("messages") or [
@@ -126,8 +127,8 @@ def encode_conversations(
     ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows: dict[str, list[np.ndarray]] = {name: [] for name in CHAT_COLUMNS}
-    for (ids, ends, sizes), (_, spans) in zip(
-        _locate(tokenizer, [text for text, _ in rendered]), rendered, strict=True
+    for (ids, ends, sizes), (_, spans), index in zip(
+        _locate(tokenizer, [text for text, _ in rendered]), rendered, indices, strict=True
     ):
         loss_mask = np.zeros(len(ids), dtype=np.uint8)
         for start, end in spans:
@@ -139,6 +140,7 @@ def encode_conversations(
             fill = pad if column == "input_ids" else 0
             rows[column].append(np.pad(values[:T], (0, max(0, T - len(ids))), constant_values=fill))
         rows["truncated"].append(np.array([len(ids) > T]))
+        rows["document"].append(np.array([index]))
     return rows
 
 

@@ -19,6 +19,7 @@ import torch
 from stillhouse.base.errors import DataError
 from stillhouse.data.encoding import (
     CHAT_COLUMNS,
+    Turns,
     digest,
     encode_conversations,
     encode_documents,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FORMAT = 3  # part of every fingerprint; raise it when the same input gives other windows
+FORMAT = 4  # part of every fingerprint; raise it when the same input gives other windows
 
 
 class WindowSplit:
@@ -88,6 +89,7 @@ class Windows:
     name: str
     fingerprint: str
     counts: Counts
+    documents: tuple[int, ...] = ()  # of conversations: which records the training windows come from
 
     @property
     def validation_tokens(self) -> int:
@@ -104,7 +106,7 @@ class Windows:
 
 
 _Columns = dict[str, torch.Tensor]
-_Splits = tuple[_Columns, _Columns, _Columns, Counts]
+_Splits = tuple[_Columns, _Columns, _Columns, Counts]  # the training columns may have ``document``
 
 
 def tokenize_windows(
@@ -153,11 +155,25 @@ def tokenize_windows(
     source = digest(FORMAT, data.fingerprint, data.kind, data.skipped, tokenizer_fingerprint(tokenizer))
     cut = _text_windows if data.kind == "text" else _chat_windows
     *columns, counts = cut(data, tokenizer, source, window, validation, selection, seed)
+    documents = columns[0].pop("document", torch.zeros(0)).flatten().tolist()
     if packing and data.kind != "text":
         columns[0] = packed(columns[0])
     train, chosen_by, held_out = map(WindowSplit, columns)
     fingerprint = digest(source, window, validation, selection, seed, *(["packed"] if packing else []))
-    return Windows(train, chosen_by, held_out, window, data.kind, data.name, fingerprint, counts)
+    return Windows(train, chosen_by, held_out, window, data.kind, data.name, fingerprint, counts, tuple(documents))
+
+
+def conversation_windows(
+    conversations: Sequence[Turns], tokenizer: Tokenizer, *, window: int, name: str
+) -> WindowSplit:
+    """Conversations one a window, none held out; those without a response in their window are left out."""
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"messages": list(turns)} for turns in conversations])
+    found, *_ = _encoded(rows, tokenizer, window, name, None)
+    if not len(found["input_ids"]):
+        raise DataError(f"{name}: none of {len(rows)} conversations has a response within {window} tokens")
+    return WindowSplit({key: found[key] for key in ("input_ids", "attention_mask", "loss_mask")})
 
 
 def _text_windows(
@@ -247,20 +263,8 @@ def _held_out(lengths: np.ndarray, wanted: float, total: int, T: int, *, keep: i
 def _chat_windows(
     data: TextData, tokenizer: Tokenizer, source: str, T: int, validation: float, selection: float, seed: int
 ) -> _Splits:
-    import datasets
-
-    features = {name: datasets.LargeList(datasets.Value(dtype)) for name, dtype in CHAT_COLUMNS.items()}
-    examples = data.documents.map(
-        partial(encode_conversations, tokenizer, data.name, T),
-        batched=True,
-        batch_size=256,
-        with_indices=True,
-        remove_columns=data.documents.column_names,
-        features=datasets.Features(features),
-        new_fingerprint=digest(source, T),
-        desc="Tokenising",
-    )
-    total, usable = len(data.documents), len(examples)
+    found, usable = _encoded(data.documents, tokenizer, T, data.name, digest(source, T), seed)
+    total = len(data.documents)
     wanted, chosen_by = _target(validation, total, 1), _target(selection, total, 1)
     if usable <= wanted + chosen_by:
         also = f", {chosen_by} for selection" if chosen_by else ""
@@ -268,10 +272,8 @@ def _chat_windows(
             f"{data.name}: {total} examples, {total - usable} of them dropped as too long or without a response, "
             f"cannot give {wanted} for validation{also} and one for training; use a larger window or more data"
         )
-    shuffled = examples.select(np.random.default_rng(seed).permutation(usable))
-    found = {name: torch.from_numpy(_flat(shuffled, name)[0]).view(usable, -1) for name in CHAT_COLUMNS}
-    sizes, truncated = found.pop("sizes")[:wanted], found.pop("truncated")
-    train = {name: column[wanted + chosen_by :] for name, column in found.items()}
+    sizes, truncated, document = found.pop("sizes")[:wanted], found.pop("truncated"), found.pop("document")
+    train = {name: column[wanted + chosen_by :] for name, column in {**found, "document": document}.items()}
     chosen = {name: column[wanted : wanted + chosen_by] for name, column in found.items()}
     held_out = {name: column[:wanted] for name, column in found.items()}
     predicted = held_out["loss_mask"][:, 1:] == 1
@@ -283,6 +285,38 @@ def _chat_windows(
         dropped=total - usable,
     )
     return train, chosen, held_out, counts
+
+
+def _encoded(
+    documents: datasets.Dataset,
+    tokenizer: Tokenizer,
+    T: int,
+    name: str,
+    fingerprint: str | None,
+    seed: int | None = None,
+) -> tuple[_Columns, int]:
+    """The columns of usable conversations, shuffled if there is a seed, and how many they are."""
+    import datasets
+
+    features = {column: datasets.LargeList(datasets.Value(dtype)) for column, dtype in CHAT_COLUMNS.items()}
+    examples = documents.map(
+        partial(encode_conversations, tokenizer, name, T),
+        batched=True,
+        batch_size=256,
+        with_indices=True,
+        remove_columns=documents.column_names,
+        features=datasets.Features(features),
+        new_fingerprint=fingerprint,
+        desc="Tokenising",
+    )
+    usable = len(examples)
+    if seed is not None:
+        examples = examples.select(np.random.default_rng(seed).permutation(usable))
+    width = {"truncated": 1, "document": 1}
+    return {
+        column: torch.from_numpy(_flat(examples, column)[0]).view(usable, width.get(column, T))
+        for column in CHAT_COLUMNS
+    }, usable
 
 
 def packed(columns_NT: _Columns) -> _Columns:

@@ -25,7 +25,7 @@ class CachedTokenMatch(Term):
         teacher: `cached_teacher` of a top-k column, position t after token t; or of whole logits.
         rest: what becomes of the tokens not kept: one "bucket", or their mass spread "even"; see
             `linear_topk_divergence`.
-        divergence, divergence_weight, cross_entropy, vocab_size, chunk_tokens, scheduled: as in `TokenMatch`.
+        divergence, divergence_weight, cross_entropy, vocab_size, chunk_tokens, rows, scheduled: as in `TokenMatch`.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class CachedTokenMatch(Term):
         cross_entropy: Scheduled = 0.0,
         vocab_size: int | None = None,
         chunk_tokens: int | None = None,
+        rows: str | None = None,
         name: str | None = None,
         **scheduled: Scheduled,
     ) -> None:
@@ -53,6 +54,7 @@ class CachedTokenMatch(Term):
         self.cross_entropy = cross_entropy
         self.vocab_size = vocab_size
         self.chunk_tokens = chunk_tokens
+        self.rows = rows
 
     def compute(
         self,
@@ -67,7 +69,7 @@ class CachedTokenMatch(Term):
         log_p: Tensor | None = None,
         log_rest: Tensor | None = None,
     ) -> list[TermValue]:
-        labels_BT, weight_BT = predicted(batch)
+        labels_BT, weight_BT = predicted(batch, rows=self.rows)
         if logits is not None:
             log_p = logits.log_softmax(-1)
             tokens = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)

@@ -54,14 +54,16 @@ def head_of(model: Observed | View) -> LanguageHead:
     )
 
 
-def predicted(batch: Batch) -> tuple[Tensor, Tensor]:
+def predicted(batch: Batch, *, rows: str | None = None) -> tuple[Tensor, Tensor]:
     """What position t has to predict: labels (B, T - 1), and the weight of each prediction (B, T - 1).
 
-    Weights are the batch's ``loss_mask`` if it has one (1 on response tokens), else its ``attention_mask``, else 1.
+    Weights are the batch's ``loss_mask`` if it has one (1 on response tokens), else its ``attention_mask``, else 1;
+    times those of its rows, the batch's entry ``rows``.
     """
     labels_BT = batch["input_ids"][:, 1:]
     mask = batch.get("loss_mask", batch.get("attention_mask"))
-    return labels_BT, torch.ones_like(labels_BT) if mask is None else mask[:, 1:]
+    weight_BT = torch.ones_like(labels_BT) if mask is None else mask[:, 1:]
+    return labels_BT, weight_BT if rows is None else weight_BT * batch[rows][:, None]
 
 
 def fused_values(name: str, result: LinearDivergence, divergence_weight: float, label_weight: float) -> list[TermValue]:
@@ -123,9 +125,7 @@ class TokenMatch(Term):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> list[TermValue]:
-        labels_BT, weight_BT = predicted(batch)
-        if self.rows is not None:
-            weight_BT = weight_BT * batch[self.rows][:, None]
+        labels_BT, weight_BT = predicted(batch, rows=self.rows)
         student, teacher = self.heads
         divergence_weight = self.at(self.divergence_weight, progress)
         label_weight = self.at(self.cross_entropy, progress)

@@ -35,9 +35,12 @@ from stillhouse.metrics.language import compare_causal_lms, tokens_per_second
 from stillhouse.models.causal_lm import (
     load_causal_lm,
     new_causal_lm,
+    output_head,
     parameter_count,
     student_from_spec,
 )
+from stillhouse.models.lora import add_lora, has_lora, save_merged_lm
+from stillhouse.models.packing import check_packing
 from stillhouse.models.tokenizers import check_same_tokenizer, train_bpe
 from stillhouse.objectives.language import TokenCrossEntropy, head_of
 
@@ -50,7 +53,9 @@ class LanguageSystem(System):
     """Fields of every system that distils causal language models."""
 
     teacher: Annotated[
-        str, "directory or hub id of a causal LM; 'demo': a small one, trained once on the demo text"
+        str,
+        "directory or hub id of a causal LM; URL#MODEL: behind an OpenAI-compatible endpoint, for systems that can do "
+        "with what it says; 'demo': a small one, trained once on the demo text",
     ] = DEMO
     student: Annotated[
         str, "directory, hub id, or the teacher's architecture made smaller: scale:0.25, layers=4,hidden_size=256"
@@ -66,6 +71,7 @@ class LanguageSystem(System):
         float, "share of the text held out to choose by: the curve during training, keep=best", Gt(0), Lt(1)
     ] = 0.03
     window: Annotated[int, "tokens in a training sequence", Ge(8)] = 512
+    packing: Annotated[bool, "put several conversations into a training sequence; they do not see each other"] = False
     batch_size: Annotated[int, "sequences in a micro-batch, all processes together", Ge(1)] = 64
     accumulate: Annotated[int, "micro-batches in an optimizer step", Ge(1)] = 1
     epochs: Annotated[float, "passes over the data", Gt(0)] = 3.0
@@ -84,6 +90,10 @@ class LanguageSystem(System):
     ] = "last"
     baseline: Annotated[bool, "also train the same student on the text alone, for comparison"] = False
     eval_windows: Annotated[int, "selection sequences looked at during training", Ge(1)] = 64
+    lora: Annotated[
+        int | None, "train adapters of this rank (peft) in all linear layers instead of the weights", Ge(1)
+    ] = None
+    lora_alpha: Annotated[float, "adapters count alpha / rank times", Gt(0)] = 16.0
     gradient_checkpointing: Annotated[bool, "trade time for memory in the student"] = False
     compile: Annotated[bool, "compile the student with torch.compile"] = False
     trust_remote_code: Annotated[bool, "run code that comes with a model"] = False
@@ -117,7 +127,7 @@ class LanguageTask:
 
     system: LanguageSystem
     run: Run
-    teacher: nn.Module
+    teacher: Any  # None where it is behind an endpoint
     tokenizer: Any
     data: TextData
     windows: Windows
@@ -136,16 +146,31 @@ class LanguageTask:
             if system.data != DEMO:
                 raise ConfigError("teacher=demo is trained on data=demo; for your own data pass your own teacher")
             teacher, tokenizer = yield from _demo_teacher(data, run)
+        elif endpoint_of(system.teacher):
+            if _is_spec(system.student):
+                raise ConfigError(
+                    f"student={system.student}: the architecture of a teacher behind an endpoint is not known; give "
+                    "the student's directory or hub id"
+                )
+            teacher, (_, tokenizer) = None, _load_student(system.student, system)
         else:
             teacher, tokenizer = load_causal_lm(system.teacher, trust_remote_code=system.trust_remote_code)
         # What is held out does not depend on the seed: the embedded teacher has seen none of it, whatever the seed.
         windows = tokenize_windows(
-            data, tokenizer, window=system.window, validation=system.validation, selection=system.selection
+            data,
+            tokenizer,
+            window=system.window,
+            validation=system.validation,
+            selection=system.selection,
+            packing=system.packing,
         )
+        if system.packing and teacher is not None:
+            check_packing(teacher)
         new_student, vocab_size = _student_builder(system, teacher, tokenizer)
         task = LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
         if system.pretrain:
-            pretrained = yield task.train("pretrain", task.cross_entropy, steps=task.steps_of(system.pretrain))
+            steps = task.steps_of(system.pretrain)
+            pretrained = yield task.train("pretrain", task.cross_entropy, steps=steps, adapters=False)
             task.begin_as(pretrained)
         return task
 
@@ -165,6 +190,10 @@ class LanguageTask:
 
     def observed_teacher(self) -> Observed:
         """The frozen teacher."""
+        if self.teacher is None:
+            raise ConfigError(
+                f"{self.system.name()} needs the teacher's weights; give its directory or hub id as teacher"
+            )
         return Observed(self.teacher, frozen=True, name="teacher", options={"use_cache": False})
 
     def cross_entropy(self, student: Observed) -> Objective:
@@ -178,14 +207,18 @@ class LanguageTask:
         *,
         steps: int | None = None,
         source: Callable[[Observed], Any] | None = None,
+        adapters: bool = True,
     ) -> Train:
         """A stage that trains a new student: ``objective`` gets the observed student.
 
         ``source`` makes the batches from the observed student too, for those it writes itself; by default they are the
-        training text's.
+        training text's. ``adapters``: train those alone if the system's ``lora`` says so.
         """
         system = self.system
         model = self.new_student()
+        if adapters and system.lora is not None:
+            head = output_head(model).path
+            add_lora(model, rank=system.lora, alpha=system.lora_alpha, seed=system.seed, layers=(), leave=head)
         if system.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         student = Observed(model, name=name, options={"use_cache": False})
@@ -246,10 +279,14 @@ class LanguageTask:
     def _evaluate(
         self, artifacts: dict[str, Artifact], more: Measure | None, columns: Sequence[Column], context: Context
     ) -> tuple[Table, dict[str, Any]]:
-        models: dict[str, nn.Module] = {"teacher": self.teacher.to(self.run.fabric.device).eval()}
+        known = {} if self.teacher is None else {"teacher": self.teacher.to(self.run.fabric.device).eval()}
+        models: dict[str, nn.Module] = {**known}
         models |= {name: self.load(artifact) for name, artifact in artifacts.items()}
         found = compare_causal_lms(
-            models, self.batches_of(self.windows.validation), vocab_size=self.vocab_size, reference="teacher"
+            models,
+            self.batches_of(self.windows.validation),
+            vocab_size=self.vocab_size,
+            reference=next(iter(known), None),
         )
         batch = next(self.batches_of(self.windows.validation))
         rows = []
@@ -267,14 +304,17 @@ class LanguageTask:
                 "tokens_per_second": tokens_per_second(models[name], batch),
                 **(more(models[name]) if more else {}),
             }
+            if not known:
+                del row["agreement"], row["kl"]
             rows.append(row)
             context.results |= {f"{name}/{key}": value for key, value in row.items() if key != "name"}
-        note = f"{found['teacher'].tokens:,} predicted tokens of held-out text ({self.data.name})."
+        note = f"{next(iter(found.values())).tokens:,} predicted tokens of held-out text ({self.data.name})."
         files = {
             "reliability.json": {name: figures.reliability.to_json() for name, figures in found.items()},
             "samples.json": self._samples(models),
         }
-        return Table("Held-out text", [*COLUMNS, *columns], rows, [note]), files
+        shown = [column for column in (*COLUMNS, *columns) if any(column.key in row for row in rows)]
+        return Table("Held-out text", shown, rows, [note]), files
 
     def _samples(self, models: dict[str, nn.Module], *, count: int = 3, tokens: int = 48) -> list[dict[str, Any]]:
         """How the models continue the same beginnings of held-out text, greedily."""
@@ -307,20 +347,39 @@ COLUMNS = [
 ]
 
 
+def endpoint_of(teacher: str) -> tuple[str, str] | None:
+    """(URL, model) of a teacher that is behind an endpoint.
+
+    Raises:
+        ConfigError: a URL without the model's name.
+    """
+    if not teacher.startswith(("http://", "https://")):
+        return None
+    url, _, model = teacher.partition("#")
+    if not model:
+        raise ConfigError(f"teacher={teacher!r}: write URL#MODEL, such as http://localhost:8000/v1#Qwen/Qwen3-8B")
+    return url, model
+
+
 def save_pretrained(model: Any, folder: Path, *, tokenizer: Any) -> None:
     """Write a model and its tokenizer the way ``transformers`` loads them."""
-    model.save_pretrained(folder)
+    save_merged_lm(model, folder) if has_lora(model) else model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _student_builder(system: LanguageSystem, teacher: Any, tokenizer: Any) -> tuple[Callable[[], nn.Module], int]:
     """How to make a new student, and the vocabulary that both models share."""
     spec = system.student
-    if (":" in spec and spec.split(":")[0] == "scale") or "=" in spec:
+    if _is_spec(spec):
         config = student_from_spec(spec, teacher.config)
         return partial(new_causal_lm, config, seed=system.seed), check_same_tokenizer(tokenizer, tokenizer)
     _, own = _load_student(spec, system)
     return (lambda: _load_student(spec, system)[0]), check_same_tokenizer(tokenizer, own)
+
+
+def _is_spec(student: str) -> bool:
+    """Whether a student is described by what it takes from its teacher."""
+    return student.startswith("scale:") or "=" in student
 
 
 def _load_student(name: str, system: LanguageSystem) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ a configuration of `PolicySystem`, and overrides ``objective`` or ``chooser`` wh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,6 +25,7 @@ from stillhouse.core.run import Run
 from stillhouse.core.stage import Generate, Stage
 from stillhouse.data.responses import Coder, Row, pack_rows
 from stillhouse.data.sources import Batches
+from stillhouse.data.windows import conversation_windows
 from stillhouse.losses.divergences import (
     AlphaBeta,
     ForwardKL,
@@ -35,11 +37,16 @@ from stillhouse.losses.divergences import (
     TotalVariation,
 )
 from stillhouse.metrics.language import compare_causal_lms
+from stillhouse.objectives.cached import CachedTokenMatch
 from stillhouse.objectives.language import TokenCrossEntropy, TokenMatch, head_of
 from stillhouse.rl.policies import Chooser, PolicySource, Share, prompts_of
 from stillhouse.rl.sampling import LiveSampler, ServerSampler, Writer
-from stillhouse.tasks.language import LanguageSystem, LanguageTask
-from stillhouse.teachers.cache import model_fingerprint
+from stillhouse.tasks.language import LanguageSystem, LanguageTask, endpoint_of
+from stillhouse.tasks.language_cache import teacher_from_cache
+from stillhouse.teachers.answers import Request, Sampling
+from stillhouse.teachers.cache import Numbered, model_fingerprint
+from stillhouse.teachers.endpoint import EndpointTeacher
+from stillhouse.teachers.scorer import EndpointScorer, Scored, given_teacher
 
 Divergence = Literal["forward-kl", "reverse-kl", "jsd", "tvd", "skew-forward", "skew-reverse", "alpha-beta", "labels"]
 DivergenceField = Annotated[Divergence, "between teacher and student, token by token; labels: the text's tokens alone"]
@@ -84,6 +91,12 @@ class PolicySystem(LanguageSystem):
     replay: ReplayField = 0
     lm_weight: LanguageLossField = 0.0
     beams: BeamsField = 1
+    teacher_topk: Annotated[
+        int | None,
+        "learn from the teacher's likeliest tokens: asked once and kept on disk, for a teacher of one's own and the "
+        "data's text; of a teacher behind an endpoint it is how many are asked for (20 by default)",
+        Ge(1),
+    ] = None
     teacher_texts: Annotated[
         int | None, "responses the teacher writes with text=teacher; by default one a window", Ge(1)
     ] = None
@@ -100,7 +113,7 @@ class PolicySystem(LanguageSystem):
         policies = yield from Policies.prepare(self, task)
 
         def objective(student: Observed) -> Objective:
-            return self.with_text(self.objective(task, student), task, student)
+            return self.with_text(self.objective(policies, student), task, student)
 
         stage = task.train("student", objective, source=policies.source)
         models = {"student": (yield stage)}
@@ -108,15 +121,21 @@ class PolicySystem(LanguageSystem):
             models["baseline"] = yield task.baseline()
         yield task.evaluation(models, more=policies.own_text, columns=OWN_TEXT)
 
-    def objective(self, task: LanguageTask, student: Observed) -> Objective:
+    def objective(self, policies: Policies, student: Observed) -> Objective:
         """What the student minimises on a batch, whoever wrote it."""
+        task = policies.task
         if self.divergence == "labels":
             return TokenCrossEntropy(head_of(student), vocab_size=task.vocab_size)
-        teacher = head_of(task.observed_teacher())
+        kept, head = policies.kept, head_of(student)
+        live = head_of(task.observed_teacher()) if kept is None else None
 
-        def match(name: Divergence, rows: str | None) -> TokenMatch:
+        def match(name: Divergence, rows: str | None) -> Objective:
             divergence = self.row_divergence(name)
-            return TokenMatch(head_of(student), teacher, divergence, rows=rows, vocab_size=task.vocab_size)
+            common: dict[str, Any] = {"rows": rows, "vocab_size": task.vocab_size}
+            if kept is not None:
+                return CachedTokenMatch(head, kept, divergence, whole=policies.whole, **common)
+            assert live is not None
+            return TokenMatch(head, live, divergence, **common)
 
         if self.own_divergence is None:
             return match(self.divergence, None)
@@ -164,6 +183,9 @@ class Policies:
     task: LanguageTask
     coder: Coder
     texts: Batches  # what the student's own text is mixed with
+    kept: Observed | None = None  # stands for a teacher that is not run beside the student
+    whole: bool = False  # its logits are kept whole
+    scorer: EndpointScorer | None = None
 
     @staticmethod
     def prepare(system: PolicySystem, task: LanguageTask) -> Generator[Stage, Artifact, Policies]:
@@ -172,8 +194,20 @@ class Policies:
         if system.packing and system.chooser() != Share(0.0):
             raise ConfigError("packing=true: a window of several conversations has no one prompt to go on from")
         policies = Policies(system, task, coder, task.batches())
+        behind = endpoint_of(system.teacher)
         if system.text == "teacher":
             policies.texts = policies.batches_of((yield policies.teacher_texts()))
+        if behind is not None and system.divergence != "labels":
+            policies.scorer = EndpointScorer(*behind, k=min(system.teacher_topk or 20, task.vocab_size))
+            policies.kept = given_teacher()
+        elif behind is None and system.teacher_topk is not None:
+            if system.text != "data" or system.chooser() != Share(0.0):
+                raise ConfigError(
+                    "teacher_topk keeps what the teacher says of the data's text, and that is not all here"
+                )
+            policies.kept = yield from teacher_from_cache(task, k=system.teacher_topk)
+            policies.whole = system.teacher_topk >= task.vocab_size
+            policies.texts.data = Numbered(policies.texts.data)
         return policies
 
     def sampler(self, model: nn.Module, *, temperature: float | None = None, **options: Any) -> LiveSampler:
@@ -197,19 +231,27 @@ class Policies:
             )
         if self.system.teacher_share:
             raise ConfigError("teacher_share needs both models in one process, so it does not go with server=...")
-        url, mark, name = self.system.server.partition("#")
-        if not mark:
+        server = endpoint_of(self.system.server)
+        if server is None:
             raise ConfigError(
                 f"server={self.system.server!r}: write URL#MODEL, such as http://localhost:8000/v1#student"
             )
+        return self._server(*server)
+
+    def _server(self, url: str, model: str) -> ServerSampler:
+        system = self.system
         return ServerSampler(
-            url, name, self.coder, self.system.new_tokens, self.system.sampling_temperature, self.system.top_p
+            url, model, self.coder, system.new_tokens, temperature=system.sampling_temperature, top_p=system.top_p
         )
 
     def source(self, student: Observed) -> Any:
         """Batches for ``student``."""
+        source = self._source(student)
+        return source if self.scorer is None else Scored(source, self.scorer)
+
+    def _source(self, student: Observed) -> Any:
         system, chooser = self.system, self.system.chooser()
-        if isinstance(chooser, Share) and not chooser.share:
+        if chooser == Share(0.0):
             return self.texts
         steps = (system.steps or self.task.steps_of(system.epochs)) * system.accumulate
 
@@ -233,11 +275,24 @@ class Policies:
     # -- the teacher's text -----------------------------------------------------------------------------------------
 
     def teacher_texts(self) -> Generate:
-        """The stage in which the teacher goes on from the training text's prompts, a batch at a time."""
+        """The stage in which the teacher goes on from the training text's prompts, or answers its conversations."""
+        behind = endpoint_of(self.system.teacher)
+        if behind is not None and self.task.windows.kind != "text":
+            return self._answers(*behind)
         system, train = self.system, self.task.windows.train
         count = min(len(train), system.teacher_texts or len(train))
         prompts = prompts_of(train[list(range(count))], system.prompt_tokens)
-        teacher = self.sampler(self.task.teacher.to(self.task.run.fabric.device), beams=system.beams)
+        kept: dict[str, Any] | None = None
+        if behind is None:
+            teacher: Writer = self.sampler(self.task.teacher.to(self.task.run.fabric.device), beams=system.beams)
+            how = [system.prompt_tokens, system.new_tokens, system.sampling_temperature, system.top_p, system.beams]
+            kept = {
+                "teacher": model_fingerprint(self.task.teacher),
+                "windows": self.task.windows.fingerprint,
+                "how": [count, *how, system.seed],
+            }
+        else:
+            teacher = self._server(*behind)
 
         def write(left: Mapping[str, list[int]]) -> Iterator[tuple[str, dict[str, Any]]]:
             for start in range(0, count, WRITTEN_TOGETHER):
@@ -251,34 +306,44 @@ class Policies:
                         record = {"prompt": prompts[number], "response": list(response.ids), "text": response.text}
                         yield str(number), record
 
-        kept = {
-            "teacher": model_fingerprint(self.task.teacher),
-            "windows": self.task.windows.fingerprint,
-            "how": [
-                count,
-                system.prompt_tokens,
-                system.new_tokens,
-                system.sampling_temperature,
-                system.top_p,
-                system.beams,
-                system.seed,
-            ],
-        }
         requests = {str(number): prompt for number, prompt in enumerate(prompts)}
         return Generate("teacher-text", requests, write, together=True, cache=kept)
+
+    def _answers(self, url: str, model: str) -> Generate:
+        """A chat model answers where the training conversations have their first response."""
+        system, windows = self.system, self.task.windows
+        asked = {}
+        for number in windows.documents[: system.teacher_texts]:
+            turns = opening(self.task.data.documents[number])
+            asked[str(number)] = (turns, Request(turns))
+        sampling = Sampling(
+            max_tokens=system.new_tokens, temperature=system.sampling_temperature, top_p=system.top_p, seed=system.seed
+        )
+        store = self.task.run.folder / "answers.jsonl"
+        teacher = EndpointTeacher(url, model, sampling=sampling, store=store, say=self.task.run.say)
+
+        def write(left: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None]]:
+            keys = {key: request for key, (_, request) in left.items()}
+            for key, record in teacher.answers(keys):
+                answer = {"role": "assistant", "content": record["text"]}
+                yield key, {"turns": json.dumps([*left[key][0], answer])} if record["text"] else None
+
+        return Generate("teacher-text", asked, write, together=True)
 
     def batches_of(self, written: Artifact) -> Batches:
         """What a teacher wrote, as batches."""
         import pyarrow.parquet as pq
 
-        records = pq.read_table(written.data_file(), columns=["prompt", "response"]).to_pylist()
+        options: dict[str, Any] = {"batch_size": self.system.batch_size, "seed": self.system.seed}
+        records = pq.read_table(written.data_file()).to_pylist()
+        if "turns" in records[0]:
+            turns = [json.loads(record["turns"]) for record in records]
+            windows = conversation_windows(
+                turns, self.task.tokenizer, window=self.system.window, name="what the teacher wrote"
+            )
+            return Batches(windows, gather=True, **options)
         rows = [(record["prompt"], record["response"]) for record in records]
-        return Batches(
-            rows,
-            self.system.batch_size,
-            seed=self.system.seed,
-            collate=lambda picked: pack_rows(picked, self.coder.pad),
-        )
+        return Batches(rows, collate=lambda picked: pack_rows(picked, self.coder.pad), **options)
 
     # -- the models' own text ---------------------------------------------------------------------------------------
 
@@ -295,11 +360,19 @@ class Policies:
         rows: list[Row] = [(prompt, one.ids) for prompt, one in zip(prompts, written, strict=True)]
         parts = (pack_rows(rows[start : start + 8], self.coder.pad) for start in range(0, count, 8))
         batches = map(self.task.run.fabric.to_device, parts)
+        grams = [one.ids[start : start + 4] for one in written for start in range(len(one.ids) - 3)]
+        distinct = {"distinct": len(set(grams)) / max(1, len(grams))}
+        if self.task.teacher is None:
+            return distinct
         models = {"teacher": self.task.teacher.to(device), "model": model}
         found = compare_causal_lms(models, batches, vocab_size=self.task.vocab_size, reference="teacher")
-        grams = [one.ids[start : start + 4] for one in written for start in range(len(one.ids) - 3)]
-        return {
-            "own_kl": found["model"].reverse_kl,
-            "own_nll": found["teacher"].loss,
-            "distinct": len(set(grams)) / max(1, len(grams)),
-        }
+        return {"own_kl": found["model"].reverse_kl, "own_nll": found["teacher"].loss, **distinct}
+
+
+def opening(document: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The turns of a conversation before its first response."""
+    if "prompt" in document:
+        return [{"role": "user", "content": document["prompt"]}]
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in document["messages"]]
+    first = next(number for number, turn in enumerate(turns) if turn["role"] == "assistant" and number)
+    return turns[:first]

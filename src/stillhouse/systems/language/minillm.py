@@ -11,8 +11,14 @@ from stillhouse.core.system import Claim, Meta
 from stillhouse.objectives.language import head_of
 from stillhouse.objectives.sequence_divergence import SequenceReverseKL
 from stillhouse.tasks.experiments import Experiment
-from stillhouse.tasks.language import LanguageTask
-from stillhouse.tasks.policies import DivergenceField, LanguageLossField, PolicySystem, ShareField, TeacherShareField
+from stillhouse.tasks.policies import (
+    DivergenceField,
+    LanguageLossField,
+    Policies,
+    PolicySystem,
+    ShareField,
+    TeacherShareField,
+)
 
 
 @dataclass(kw_only=True)
@@ -45,9 +51,10 @@ class MiniLLM(PolicySystem):
     long: Annotated[bool, "the part of the gradient that looks at what follows; off: token by token"] = True
     length_normalised: Annotated[bool, "what follows counts by its mean, not by its sum"] = True
 
-    def objective(self, task: LanguageTask, student: Observed) -> Objective:
+    def objective(self, policies: Policies, student: Observed) -> Objective:
         if not self.long:
-            return super().objective(task, student)
+            return super().objective(policies, student)
+        task = policies.task
         return SequenceReverseKL(
             head_of(student),
             head_of(task.observed_teacher()),
