@@ -109,7 +109,7 @@ class PolicySystem(LanguageSystem):
     smoke: ClassVar[dict[str, Any]] = {"prompt_tokens": 6, "new_tokens": 8, "own_prompts": 4}
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
-        task = yield from LanguageTask.prepare(self, run)
+        task = yield from self.prepared(run)
         policies = yield from Policies.prepare(self, task)
 
         def objective(student: Observed) -> Objective:
@@ -119,7 +119,23 @@ class PolicySystem(LanguageSystem):
         models = {"student": (yield stage)}
         if self.baseline:
             models["baseline"] = yield task.baseline()
-        yield task.evaluation(models, more=policies.own_text, columns=OWN_TEXT)
+        yield task.evaluation(
+            models,
+            more=lambda model: {**policies.own_text(model), **self.measured(task, model)},
+            columns=self.columns(),
+        )
+
+    def prepared(self, run: Run) -> Generator[Stage, Artifact, LanguageTask]:
+        """The teacher, the student and the text."""
+        return (yield from LanguageTask.prepare(self, run))
+
+    def measured(self, task: LanguageTask, model: Any) -> dict[str, float]:
+        """What else a member measures of a model."""
+        return {}
+
+    def columns(self) -> list[Column]:
+        """Columns of what is measured besides a language model's own."""
+        return list(OWN_TEXT)
 
     def objective(self, policies: Policies, student: Observed) -> Objective:
         """What the student minimises on a batch, whoever wrote it."""
