@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillhouse.core.artifact import Artifact
     from stillhouse.core.ema import EMA
     from stillhouse.core.objective import Objective, Term
-    from stillhouse.core.observed import Observed
+    from stillhouse.core.observed import Batch, Observed, Signal
     from stillhouse.core.player import Player, adamw, sgd
     from stillhouse.core.run import Run
     from stillhouse.core.schedule import constant, cosine, linear, piecewise, sigmoid, step, wsd
-    from stillhouse.core.stage import Audit, Evaluate, Generate, Transform
+    from stillhouse.core.stage import Audit, Context, Evaluate, Generate, Stage, Transform
     from stillhouse.core.system import Claim, Meta, System
     from stillhouse.core.train import Train
     from stillhouse.data.sources import Batches
@@ -20,14 +21,15 @@ if TYPE_CHECKING:
     from stillhouse.workflow import resume, run_system
 
 _HOMES = {
+    "stillhouse.core.artifact": ["Artifact"],
     "stillhouse.core.ema": ["EMA"],
     "stillhouse.core.objective": ["Objective", "Term"],
-    "stillhouse.core.observed": ["Observed"],
+    "stillhouse.core.observed": ["Batch", "Observed", "Signal"],
     "stillhouse.core.player": ["Player", "adamw", "sgd"],
     "stillhouse.core.run": ["Run"],
     "stillhouse.core.schedule": ["constant", "cosine", "linear", "piecewise", "sigmoid", "step", "wsd"],
     "stillhouse.data.sources": ["Batches"],
-    "stillhouse.core.stage": ["Audit", "Evaluate", "Generate", "Transform"],
+    "stillhouse.core.stage": ["Audit", "Context", "Evaluate", "Generate", "Stage", "Transform"],
     "stillhouse.core.system": ["Claim", "Meta", "System"],
     "stillhouse.core.train": ["Train"],
     "stillhouse.objectives": [

@@ -24,7 +24,8 @@ from torch import nn
 from stillhouse.cli.main import app, main
 from stillhouse.cli.recipe import parse_overrides
 from stillhouse.systems import get_system
-from stillhouse.workflow import split_values, stage_artifacts
+from stillhouse.tasks import language, vision
+from stillhouse.workflow import run_system, split_values, stage_artifacts
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -36,6 +37,12 @@ def blocks(page: str, language: str, *, title: str | None = None) -> list[str]:
     """The fenced blocks of a page in one language; those with a title are files."""
     text = (DOCS / page).read_text(encoding="utf-8")
     return [code for lang, name, code in BLOCK.findall(text) if lang == language and (name or None) == title]
+
+
+def files(page: str) -> dict[str, str]:
+    """The Python files that a page shows in full, by name."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return {name: code for language, name, code in BLOCK.findall(text) if language == "python" and name}
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -72,7 +79,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my.txt").write_text("\f".join(texts))
     records = [{"prompt": text[:40], "completion": text[40:120]} for text in texts]
     (folder / "my.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "my_system.py").write_text(*blocks("write-a-system.md", "python", title="my_system.py"))
+    for name, code in {**files("write-a-system.md"), **files("one-file-each.md")}.items():
+        (folder / name).write_text(code)
 
     tokenizer = train_bpe(texts, vocab_size=300)
     config = LlamaConfig(
@@ -151,6 +159,50 @@ def test_the_rest_of_write_a_system() -> None:
     assert 0 < line["values"]["TeacherSmoothing.share"] < 0.5
 
 
+ONE_FILE_EACH = {  # the terms that are logged, and a figure that is measured
+    "better_peers": ({"CrossEntropy", "FromBetter"}, "peer/accuracy"),
+    "brief_answers": ({"PolicyGradient", "KL"}, "student/characters"),
+    "fading_reasons": ({"predict", "explain"}, "student/accuracy"),
+    "fewer_layers": ({"ForwardKL"}, "pruned/kl"),
+    "mean_images": ({"MeanMatch"}, "condensed/accuracy"),
+    "one_step": ({"DistributionMatching", "SampleMSE"}, "student/swd"),
+    "patch_relations": ({"Reconstruction", "CosineRelations"}, "student/probe"),
+    "prototypes": ({"CrossEntropy", "ToPrototype"}, "accuracy"),
+    "rare_tokens": ({"ForwardKL"}, "5/kl"),
+    "telling_trees": ({"CrossEntropy"}, "telling/accuracy"),
+}
+
+
+def test_one_file_each_has_all_kinds() -> None:
+    page = (DOCS / "one-file-each.md").read_text()
+    shown = files("one-file-each.md")
+    assert {name.removesuffix(".py") for name in shown} == ONE_FILE_EACH.keys()
+    assert all(f"[`{name}`](#" in page for name in shown)
+    assert max(len(code.splitlines()) for code in shown.values()) <= 75
+
+
+@pytest.mark.parametrize("name", ONE_FILE_EACH)
+def test_one_file_each(name: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "tokens_per_second", lambda *_: 1.0)  # not for a second a model
+    monkeypatch.setattr(vision, "images_per_second", lambda *_: 1.0)
+    system = get_system(f"{name}.py")
+    values: dict[str, Any] = {"trackers": [], **system.smoke}
+    if issubclass(system, language.LanguageSystem):
+        values |= {"teacher": "my-teacher", "data": "my.txt", "window": 32, "batch_size": 4, "steps": 4}
+    done = run_system(f"{name}.py", values, output=workspace / "runs" / name, quiet=True)
+    terms, figure = ONE_FILE_EACH[name]
+    lines = [
+        line for file in sorted(done.folder.glob("stages/*/metrics.jsonl")) for line in map(json.loads, file.open())
+    ]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert all(math.isfinite(line["loss"]) for line in train)
+    assert terms in [set(line["terms"]) for line in train]
+    *_, measured = done.artifacts.values()
+    assert math.isfinite(measured.metrics[figure])
+    assert system.product in done.artifacts
+    assert system.meta.title in done.report.read_text()
+
+
 def test_your_own_model() -> None:
     main([*command("your-own-model.md", "run taid teacher=my-teacher student=scale:0.25 data=my.jsonl"), "--quiet"])
     names = execute("your-own-model.md")
@@ -221,13 +273,29 @@ def test_names_in_the_reference_exist(page: Path) -> None:
             assert hasattr(owner, member), f"{path} has no {member}"
 
 
-@pytest.fixture(scope="module")
-def generator() -> Any:
-    spec = importlib.util.spec_from_file_location("_generate", DOCS / "_generate.py")
+@pytest.mark.parametrize("page", sorted((DOCS / "tasks").glob("*.md")), ids=lambda page: page.stem)
+def test_a_task_shows_samples(page: Path) -> None:
+    """Each page has a picture of samples that is there, is linked where the tasks are, and from the first page."""
+    shown = re.findall(r"!\[([^\]]+)\]\((\S+\.svg)\)", page.read_text(encoding="utf-8"))
+    assert shown, "no picture: draw one in docs/_pictures.py"
+    for words, name in shown:
+        assert (page.parent / name).is_file(), name
+        assert len(words) > 10, "words for those who do not see it"
+    assert f"tasks/{page.name}" in (ROOT / "mkdocs.yml").read_text()
+    assert f"tasks/{page.name}" in (DOCS / "index.md").read_text()
+
+
+def docs_module(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator() -> Any:
+    return docs_module("_generate")
 
 
 def test_the_page_of_systems_is_up_to_date(generator: Any) -> None:

@@ -1,4 +1,7 @@
-"""A chat endpoint on loopback that does what a test tells it, well or badly, and counts what it is asked."""
+"""An endpoint on loopback that does what a test tells it, well or badly, and counts what it is asked.
+
+It takes chats, and prompts as tokens (whose text is the list of them).
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ class Endpoint:
     delay: Callable[[str], float] = lambda prompt: 0.0
     usage: bool = True
     logprobs: bool = False
+    most: int = 99  # completions of one prompt in one reply
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -44,11 +48,16 @@ class Endpoint:
 
     @property
     def prompts(self) -> list[str]:
-        return [body["messages"][0]["content"] for body in self.bodies]
+        return [prompt_of(body) for body in self.bodies]
 
     @property
     def asked(self) -> Counter[str]:
         return Counter(self.prompts)
+
+
+def prompt_of(body: dict[str, Any]) -> str:
+    """What a request asks."""
+    return str(body["prompt"]) if "prompt" in body else body["messages"][0]["content"]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -72,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         endpoint = self.endpoint
         self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = self.body["messages"][0]["content"]
+        prompt = prompt_of(self.body)
         with endpoint.lock:
             endpoint.bodies.append(self.body)
             endpoint.keys.append(self.headers["Authorization"])
@@ -96,6 +105,9 @@ class Handler(BaseHTTPRequestHandler):
                 endpoint.busy -= 1
 
     def completion(self, text: str | None, **message: Any) -> dict[str, Any]:
+        if "prompt" in self.body:
+            count = min(self.body["n"], self.endpoint.most)
+            return {"choices": [{"index": i, "text": text, "finish_reason": "stop"} for i in range(count)]}
         choice = {
             "index": 0,
             "finish_reason": "stop",

@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +27,7 @@ from stillhouse.base.errors import ConfigError, Interrupted, RunError
 from stillhouse.core.stage import Generate
 from stillhouse.systems import get_system
 from stillhouse.teachers import Answer, AnswerStore, Budget, EndpointTeacher, Request, Retry, Sampling
-from stillhouse.teachers.endpoint import retry_after
+from stillhouse.teachers.client import retry_after
 from stillhouse.workflow import split_values
 
 QUICK = Retry(attempts=4, first=0.01, longest=0.02)
@@ -631,3 +634,73 @@ def test_transformers_serve(served, model, tmp_path):
     with pytest.raises(RunError) as caught:
         EndpointTeacher(url, "no-such-model", retry=Retry(attempts=2, first=0.01, in_a_row=3)).ask(requests(4))
     assert "no-such-model" in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Serving:
+    """``transformers serve`` as a process of its own; ``served``: chats it has answered, by its access log."""
+
+    def __init__(self, model: Path, log: Path, port: int) -> None:
+        self.log = log
+        program = str(Path(sys.executable).with_name("transformers"))
+        command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+        with log.open("w") as out:
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        while True:
+            assert self.process.poll() is None, log.read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+
+    @property
+    def served(self) -> int:
+        return len(re.findall(r'"POST /v1/chat/completions HTTP/1\.1" 200', self.log.read_text()))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def test_transformers_serve_is_killed_and_started_again(model, tmp_path, monkeypatch):
+    """The real program, offline. Its death ends the job with one line; the next sitting asks for the rest alone."""
+    from stillhouse.models import load_causal_lm
+    from stillhouse.teachers import LocalTeacher
+
+    port, count, sampling = fault.free_port(), 8, Sampling(max_tokens=6)
+    url, store = f"http://127.0.0.1:{port}/v1", tmp_path / "run/answers.jsonl"
+    asked = EndpointTeacher(url, str(model), sampling=sampling, store=store, retry=QUICK, concurrency=2)
+    keyed = asked.keyed(requests(count))
+    first = Serving(model, tmp_path / "first.log", port)
+
+    add = AnswerStore.add
+
+    def add_and_kill(self: AnswerStore, key: str, answer: Answer) -> None:
+        add(self, key, answer)
+        if len(self.answers) == 3:
+            first.kill()
+
+    stage = Generate("answers", keyed, asked.answers, together=True)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(AnswerStore, "add", add_and_kill)
+            with pytest.raises(RunError, match="run the same again to go on") as caught:
+                Run(tmp_path / "run", quiet=True).execute([stage])
+    finally:
+        first.kill()
+    assert "\n" not in str(caught.value)
+    kept = AnswerStore(store).answers
+    assert 3 <= len(kept) <= 4 and len(kept) <= first.served <= len(kept) + 1  # one more was on its way
+    second = Serving(model, tmp_path / "second.log", port)
+    try:
+        made = Run(tmp_path / "run", quiet=True).execute([stage])["answers"]
+    finally:
+        second.kill()
+    assert second.served == count - len(kept)
+    journal = [json.loads(line)["key"] for line in (made.path.parent / "records.jsonl").read_text().splitlines()]
+    assert sorted(journal) == sorted(keyed)
+    network, tokenizer = load_causal_lm(str(model))
+    local = LocalTeacher(str(model), network, tokenizer, sampling=sampling, batch_size=1)
+    written = dict(local.answers(local.keyed(requests(count))))  # both are greedy
+    assert [row["text"] for row in pq.read_table(made.data_file()).to_pylist()] == [
+        one["text"] for one in written.values()
+    ]

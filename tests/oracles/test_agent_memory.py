@@ -7,6 +7,8 @@ import inspect
 import json
 import math
 import statistics
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -47,13 +49,18 @@ from stillhouse.metrics.retrieval import (
     reciprocal_rank,
     vocabulary_survival,
 )
-from stillhouse.retrieval.dense import VectorIndex, WordVectors
+from stillhouse.retrieval.dense import HNSWIndex, VectorIndex, WordVectors
 from stillhouse.retrieval.fusion import cross_layer, fused, percentile_normalised, top
+from stillhouse.retrieval.grading import Grade, grade_prompt, pooled
 from stillhouse.retrieval.lexical import BM25
 from stillhouse.systems.agents.agent_memory import AgentMemory
 from stillhouse.tasks import agents
 from stillhouse.tasks.agents import AgentTask
 from stillhouse.workflow import run_system
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("faults", "systems")]
+import helpers
+from _endpoint import Endpoint, serving
 
 # -- figures --------------------------------------------------------------------------------------------------------
 
@@ -445,3 +452,169 @@ def test_bad_questions_and_searches_are_named(tmp_path):
         run_system("agent-memory", fields, output=tmp_path / "run", quiet=True)
     with pytest.raises(DataError, match="no exchange of 10000 characters"):
         load_recall(data, least_characters=10000)
+
+
+# -- approximate search ---------------------------------------------------------------------------------------------
+
+
+def unit_vectors(count: int, seed: int) -> np.ndarray:
+    found = np.random.default_rng(seed).standard_normal((count, 48))
+    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+
+
+def share_found(graph: HNSWIndex, vectors: np.ndarray, queries: np.ndarray, count: int = 10) -> float:
+    """Of the nearest vectors by exact search, those that the graph finds."""
+    hits = 0
+    for query in queries:
+        exact = np.argsort(-VectorIndex(vectors).scores(query), kind="stable")[:count]
+        hits += len(set(exact.tolist()) & set(graph.nearest(query, count)[0].tolist()))
+    return hits / (count * len(queries))
+
+
+def test_the_graph_finds_what_exact_search_finds():
+    """Nearly all of it; all with a wide search; little with a graph that is hardly one."""
+    vectors, queries = unit_vectors(1500, 0), unit_vectors(40, 1)
+    assert share_found(HNSWIndex(vectors), vectors, queries) > 0.95
+    assert share_found(HNSWIndex(vectors, connectivity=32, build_width=400, width=400), vectors, queries) == 1.0
+    assert share_found(HNSWIndex(vectors, connectivity=2, build_width=2, width=2), vectors, queries) < 0.6
+
+
+def test_the_graph_s_scores_are_the_exact_ones_in_order():
+    vectors = unit_vectors(300, 0)
+    (query,) = unit_vectors(1, 2)
+    places, scores = HNSWIndex(vectors).nearest(query, 20)
+    np.testing.assert_allclose(scores, VectorIndex(vectors).scores(query)[places], atol=1e-6)
+    assert (np.diff(scores) <= 0).all() and len(set(places.tolist())) == 20
+    again = HNSWIndex(vectors).nearest(query, 20)
+    np.testing.assert_array_equal(again[0], places)
+    assert HNSWIndex(vectors[:3]).nearest(query, 20)[0].tolist() == np.argsort(-(vectors[:3] @ query)).tolist()
+    assert len(HNSWIndex(vectors[:0]).nearest(query, 20)[0]) == 0
+
+
+def test_without_the_library(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    fields = {"exchanges": 20, "index": "hnsw", "trackers": []}
+    with pytest.raises(ConfigError, match=r"^HNSW search needs .* pip install 'stillhouse\[hnsw\]'$"):
+        run_system("agent-memory", fields, output=tmp_path / "run", quiet=True)
+
+
+def test_searching_by_a_graph(finished, tmp_path):
+    """So few vectors are all found: ``both`` finds beside exact search the same, ``hnsw`` the same in its place."""
+    exact = finished.artifacts["evaluation"].metrics
+    fields = {"exchanges": 400, "trackers": [], "search": "cross/hnsw+bm25", "hnsw_width": 400}
+    done = run_system("agent-memory", {**fields, "index": "both"}, output=tmp_path / "run", quiet=True)
+    both = done.artifacts["evaluation"].metrics
+    assert {name: both[name] for name in exact if "/" in name} == {n: v for n, v in exact.items() if "/" in n}
+    for layer in ("verbatim", "distilled"):
+        assert both[f"{layer}/hnsw/mrr"] == pytest.approx(both[f"{layer}/vector/mrr"], abs=0.02)
+        assert both[f"{layer}/hybrid-hnsw/mrr"] == pytest.approx(both[f"{layer}/hybrid/mrr"], abs=0.02)
+    assert both["mrr"] == both["cross/hnsw+bm25/mrr"] == pytest.approx(both["cross/vector+bm25/mrr"], abs=0.02)
+    assert "0.05 / 5" in done.artifacts["evaluation"].table().notes[-1]
+    fields = {**fields, "search": "cross/vector+bm25", "index": "hnsw"}
+    alone = run_system("agent-memory", fields, output=tmp_path / "run", quiet=True).artifacts["evaluation"].metrics
+    assert alone["distilled/vector/mrr"] == both["distilled/hnsw/mrr"] and "distilled/hnsw/mrr" not in alone
+
+
+def test_a_memory_that_was_not_written_is_in_no_graph(tmp_path):
+    recall = load_recall(transcripts(tmp_path, own_talks()))
+    asked = type(recall)(recall.conversations, recall.exchanges, (Query("router", {recall.exchanges[2].key: 3}),))
+    task = AgentTask(AgentMemory(embedder="words", index="hnsw"), None, asked)  # type: ignore[arg-type]
+    texts = {"verbatim": [e.text for e in recall.exchanges], "distilled": ["", "router", "parser"]}
+    keys = [exchange.key for exchange in recall.exchanges]
+    assert task.rank(texts, depth=10, percentile=100)["distilled/vector"][0] == [keys[1], keys[2]]
+
+
+# -- grading by language models -------------------------------------------------------------------------------------
+
+
+def test_what_is_pooled():
+    found = pooled({"a": [["x", "y", "z"], []], "b": [["y", "w"], ["v"]]}, depth=2)
+    assert found == [["x", "y", "w"], ["v"]]
+    assert pooled({}) == []
+
+
+def test_the_form_of_a_grade():
+    assert Grade(grade=3).grade == 3
+    for wrong in (-1, 4, "good", 1.5):
+        with pytest.raises(ValidationError):
+            Grade(grade=wrong)
+    prompt = grade_prompt("what limit?", "x" * 100, most_characters=10)
+    assert "Question: what limit?" in prompt and prompt.endswith("\n" + "x" * 10)
+
+
+def graded_run(tmp_path, url: str, **fields):
+    questions = tmp_path / "queries.jsonl"
+    lines = [
+        {"query": "cache limit", "relevant": [{"conversation": "t1", "ply": 1}]},
+        {"query": "router limit", "relevant": []},
+    ]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    fixed = {"data": transcripts(tmp_path, own_talks()), "queries": str(questions), "embedder": "words", "trackers": []}
+    return run_system("agent-memory", {**fixed, "grader_endpoint": url, **fields}, output=tmp_path / "run", quiet=True)
+
+
+def grader_of(prompt: str, model: str) -> str:
+    """Grades by the word in question; the model ``harsh`` always 0, ``broken`` not at all, ``kind`` one more."""
+    asked = prompt.partition("Question: ")[2].split()[0]
+    found = 3 if f"the {asked}?" in prompt else 0
+    return {"harsh": '{"grade": 0}', "broken": "very good!", "kind": f'{{"grade": {min(3, found + 1)}}}'}.get(
+        model, f'```json\n{{"grade": {found}}}\n```'
+    )
+
+
+def test_models_grade_what_is_found(tmp_path, monkeypatch):
+    """Any OpenAI-compatible server. Each result once per grader; the majority counts; broken graders do not."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    endpoint = Endpoint()
+    endpoint.write = lambda prompt: grader_of(prompt, endpoint.bodies[-1]["model"])
+    with serving(endpoint):
+        how = {"graders": "good,harsh,better,broken", "concurrency": 1}
+        done = graded_run(tmp_path, endpoint.url, **how)
+        figures = done.artifacts["evaluation"].metrics
+        results = done.artifacts["results"].json()
+        pairs = sum(map(len, pooled(results)))
+        asked = [(body["model"], body["messages"][0]["content"]) for body in endpoint.bodies]
+        for model in ("good", "harsh", "better"):
+            assert len([1 for name, _ in asked if name == model]) == pairs
+        assert {body["response_format"]["json_schema"]["schema"]["required"][0] for body in endpoint.bodies} == {
+            "grade"
+        }
+        assert figures["graded"] == pairs and figures["ungraded"] == 0
+        assert figures["graders_right"] == 1.0  # of the question whose answer is known
+        assert 0 < figures["graders_agree"] < 1  # two of three say 3 where one says 0
+        assert figures["verbatim/bm25/mrr"] == 1.0 and figures["verbatim/bm25/ndcg10"] == 1.0  # of both questions
+        assert figures["verbatim/bm25/recall10"] == 1.0
+        note = next(note for note in done.artifacts["evaluation"].table().notes if "were graded" in note)
+        assert note.startswith(f"{pairs} results were graded by good, harsh, better, broken; 0 got no grade")
+        # Another percentile asks for no grade that is there already.
+        before = len(endpoint.bodies)
+        graded_run(tmp_path, endpoint.url, **how, percentile=50)
+        assert all(body["model"] == "broken" for body in endpoint.bodies[before:])
+
+
+def test_grades_are_a_consensus_of_samples(tmp_path, monkeypatch):
+    """One grader that wavers, asked five times: 3, 3, 3, 0, 0 is 3, and asks are counted by sample."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    turns: dict[str, int] = {}
+
+    def write(prompt: str) -> str:
+        turns[prompt] = turns.get(prompt, 0) + 1
+        return f'{{"grade": {3 if turns[prompt] <= 3 and "the cache?" in prompt else 0}}}'
+
+    with serving(Endpoint(write=write)) as endpoint:
+        how = {"graders": "one", "grades_each": 5, "grader_temperature": 0.7, "concurrency": 1}
+        figures = graded_run(tmp_path, endpoint.url, **how).artifacts["evaluation"].metrics
+        assert set(turns.values()) == {5} and {body["temperature"] for body in endpoint.bodies} == {0.7}
+    assert figures["graded"] == len(turns) and figures["graders_agree"] < 1
+    assert figures["graders_right"] == 1.0
+
+
+def test_a_grader_that_cannot_grade_is_said_so(tmp_path):
+    """A tiny model in this process babbles."""
+    made = helpers.make_materials(tmp_path)
+    with pytest.raises(ConfigError, match="gave no grade that fits the form for any of"):
+        graded_run(tmp_path, "none", graders=str(made.teacher))
+
+
+def test_without_graders_the_questions_answers_count(finished):
+    assert "graded" not in finished.artifacts["evaluation"].metrics and "results" not in finished.artifacts

@@ -20,7 +20,7 @@ from stillhouse.base.errors import ConfigError, DataError
 from stillhouse.core.objective import Objective, Term
 from stillhouse.core.observed import Turn
 from stillhouse.core.schedule import Progress
-from stillhouse.data.rationales import Example, cot_prompt, parse_cot
+from stillhouse.data.rationales import Example, cot_prompt, parse_cot, spoilt
 from stillhouse.models.text_to_text import TextToText, load_text_to_text
 from stillhouse.models.tokenizers import train_bpe
 from stillhouse.objectives.sequence import rationale_multitask, sequence_cross_entropy
@@ -29,11 +29,13 @@ from stillhouse.tasks.reasoning_text import (
     MEANING,
     NUMBERS,
     Tasks,
+    curve_mean,
     demo_questions,
     demo_rule,
     demo_student,
     extract_traces,
     load_examples,
+    spoilt_traces,
 )
 from stillhouse.teachers import Answer, Request
 from stillhouse.workflow import run_system
@@ -458,6 +460,90 @@ def test_the_paper_s_values_are_the_defaults():
     assert (real.max_source, real.max_rationale, real.max_label) == (1024, 256, 64)
     demo = system.make()
     assert demo.is_demo() and not real.is_demo() and demo.steps < 10_000
-    (claim,) = demo.claims()
-    overrides = [dict(values) for _, values in claim.variants.values()]
-    assert [set(values) for values in overrides] == [{"mode"}, {"mode"}]  # nothing else differs
+    central, half, curve, noise = (
+        [dict(claim.variants[name][1]) for name in (claim.method, claim.baseline)] for claim in demo.claims()
+    )
+    assert [set(values) for values in central] == [{"mode"}, {"mode"}]  # nothing else differs
+    assert half == [{"mode": "multi-task", "examples": 200}, {"mode": "label-only"}]
+    for method, baseline in (curve, noise):
+        assert {**method, "mode": ""} == {**baseline, "mode": ""} and method["mode"] != baseline["mode"]
+
+
+# -- less data, worse rationales ------------------------------------------------------------------------------------
+
+REASONS = [f"{first} and {second}" for first in range(10) for second in range(10)]
+DIFFERENCES = [str(abs(first - second)) for first in range(10) for second in range(10)]
+
+
+def test_noisy_words_come_from_the_same_place():
+    """A word is another's with chance ``share``; a tenth of those are its like."""
+    after = spoilt(REASONS * 50, DIFFERENCES * 50, "noisy", share=0.3)
+    changed = [
+        old.split()[place] != new.split()[place]
+        for old, new in zip(REASONS * 50, after, strict=True)
+        for place in (0, 2)
+    ]
+    assert sum(changed) / len(changed) == pytest.approx(0.27, abs=0.015)  # 0.3 * 9/10
+    assert {text.split()[1] for text in after} == {"and"}
+    assert spoilt(["a b c", "d"], ["x", "y"], "noisy", share=1.0)[0].split()[1:] == ["b", "c"]  # nobody has any there
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "wrong"])
+def test_other_examples_rationales(kind):
+    after = spoilt(REASONS, DIFFERENCES, kind, share=0.5)
+    moved = [place for place, text in enumerate(after) if text != REASONS[place]]
+    assert 30 < len(moved) < 70 and set(after) <= set(REASONS)
+    same_label = [place for place in moved if DIFFERENCES[REASONS.index(after[place])] == DIFFERENCES[place]]
+    assert bool(same_label) is (kind == "shuffled")
+    assert all(text != old for text, old in zip(spoilt(REASONS, DIFFERENCES, kind, share=1.0), REASONS, strict=True))
+
+
+@given(st.sampled_from(["noisy", "shuffled", "wrong"]), st.floats(0, 1), st.integers(0, 9))
+def test_what_spoiling_leaves_alone(kind, share, seed):
+    rationales, labels = ["", "one two", "", "three four", "five"], ["a", "b", "a", "b", "b"]
+    after = spoilt(rationales, labels, kind, share=share, seed=seed)
+    assert after == spoilt(rationales, labels, kind, share=share, seed=seed)
+    assert [not text for text in after] == [not text for text in rationales]
+    assert kind != "wrong" or after == rationales  # all that have a rationale have one label
+    assert spoilt(rationales, labels, kind, share=0.0, seed=seed) == rationales
+
+
+def test_spoilt_traces_keep_their_labels():
+    rows = [
+        {"input": "x", "predict": label, "explain": reason, "cot": f"{reason} So the answer is {label}."}
+        for reason, label in zip(REASONS, DIFFERENCES, strict=True)
+    ]
+    after, changed = spoilt_traces(rows, "wrong", share=1.0, seed=0)
+    assert changed == len(rows)
+    for row, old in zip(after, rows, strict=True):
+        assert parse_cot(row["cot"]) == (row["explain"], old["predict"]) and row["predict"] == old["predict"]
+
+
+def test_more_examples_begin_with_the_same():
+    few, usual, many = (demo_questions(train=count) for count in (100, 400, 800))
+    assert usual == demo_questions() and [len(q.train) for q in (few, many)] == [100, 800]
+    assert few.train == usual.train[:100] and many.train[:400] == usual.train
+    assert few.test == usual.test == many.test and few.validation == many.validation
+    assert len({example.input for example in many.train[400:]} - {example.input for example in usual.train}) > 100
+
+
+def test_a_curve_and_the_cost_of_noise(tmp_path):
+    """A student for each size learns from the first examples; with a clean one, the cost is a difference."""
+    values = {**SMALL, "examples": 60, "curve": "5,20", "noise": "wrong", "noise_share": 1.0, "noise_cost": True}
+    done = run_system("distilling-step-by-step", values, output=tmp_path / "run", quiet=True)
+    figures = done.artifacts["evaluation"].metrics
+    assert figures["noise_cost"] == pytest.approx(figures["clean/accuracy"] - figures["student/accuracy"])
+    points = [figures[f"{name}/accuracy"] for name in ("student", "student-5", "student-20")]
+    assert curve_mean(figures) == pytest.approx(sum(points) / 3)
+    noisy, clean = (
+        pq.read_table(done.artifacts[name].data_file()).to_pylist() for name in ("rationales", "clean-rationales")
+    )
+    assert done.artifacts["rationales"].metrics["spoilt"] == 60 == len(clean)
+    assert [row["predict"] for row in noisy] == [row["predict"] for row in clean]
+    assert all(one["explain"] != other["explain"] for one, other in zip(noisy, clean, strict=True))
+    words = [row["input"] for row in clean]
+    assert words == [example.input for example in demo_questions().train[:60]]
+    batch = next(tasks(demo_student(0)).batches(done.artifacts["rationales"], 8, seed=0, first=5))
+    assert batch["predict"]["input_ids"].shape[0] == 5
+    with pytest.raises(ConfigError, match="curve=80, but there are 60 examples"):
+        run_system("distilling-step-by-step", {**values, "curve": "80"}, output=tmp_path / "run", quiet=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse import Observed
-from stillhouse.base.errors import DataError
+from stillhouse.base.errors import ConfigError, DataError
 from stillhouse.core.schedule import Progress
 from stillhouse.data.responses import pack_rows
 from stillhouse.losses.preference import dpo_loss, redi_loss, simpo_loss
@@ -19,7 +21,11 @@ from stillhouse.metrics.reasoning import collapsed, pass_at_k
 from stillhouse.objectives import LanguageHead, TokenCrossEntropy
 from stillhouse.objectives.responses import PairLoss, Pairs
 from stillhouse.systems import get_system
-from stillhouse.tasks.traces import TracePairs, write_traces
+from stillhouse.tasks.traces import Said, TracePairs, both, write_traces
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("faults", "systems")]
+import helpers
+from _endpoint import Endpoint, serving, status
 
 V = 7
 
@@ -283,3 +289,128 @@ def test_the_paper_s_values():
     assert (made.alpha, made.lr, made.sft_lr, made.batch_size, made.sft_batch) == (0.8, 1e-6, 5e-5, 32, 128)
     assert (made.epochs, made.sft_epochs, made.warmup, made.weight_decay) == (1.0, 5.0, 0.1, 1e-4)
     assert (made.max_prompt, made.max_response, made.gamma_n) == (800, 19_000, 0.0)
+
+
+# -- the judge ------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_is_right_if_both_say_so():
+    """Right: both. Wrong: not both, whatever the other says. Without a verdict it is neither."""
+    assert [both(True, True), both(True, False), both(False, None), both(False, True)] == [True, False, False, False]
+    assert both(True, None) is None
+    said = Said("p", "4", ["a", "b", "c", "d"], [True, True, True, False], [None, False, True, None])
+    assert (said.sorted()["right"], said.sorted()["wrong"]) == ("a", "d")
+    dual = said.sorted(dual=True)
+    assert (dual["right"], dual["wrong"]) == ("c", "b") and dual["accuracy"] == pytest.approx(1 / 3)
+
+
+def system_for(judge: str | None, endpoint: str | None = None, teacher: str = "data") -> Any:
+    return get_system("redi").make(model="x", data="y", teacher=teacher, judge=judge, judge_endpoint=endpoint)
+
+
+def judged_traces(problems: list[dict[str, Any]], folder: Path, system: Any) -> Any:
+    """The artifacts of a run of the stages in which traces are written and judged."""
+    from stillhouse import Run
+
+    run = Run(folder, quiet=True)
+    task = fake_task(problems)
+    task.run = run
+    stages = system.traces(task, demo=None)
+    made: dict[str, Any] = {}
+    stage = next(stages)
+    while "traces" not in made:
+        made |= run.execute([stage])
+        if stage.name != "traces":
+            stage = stages.send(made[stage.name])
+    return made
+
+
+def labels(artifact: Any) -> list[tuple[str | None, str | None]]:
+    import pyarrow.parquet as pq
+
+    return [(row["right"], row["wrong"]) for row in pq.read_table(artifact.data_file()).to_pylist()]
+
+
+def test_a_judge_at_an_endpoint(tmp_path, monkeypatch):
+    """It is asked about what the verifier finds right, once; it overrules; babble is no verdict; a kill loses nothing.
+
+    Of 2+2 the first right trace is overruled and so the first wrong one; of 1+1 there is no verdict.
+    """
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    problems = [{**PROBLEMS[0], "traces": ["# 4", "so # 4", "# 5"]}, *PROBLEMS[1:]]
+
+    def write(prompt: str) -> str:
+        solution = prompt.rpartition("Solution:\n")[2]
+        return {"# 4": '{"correct": false}', "so # 4": '```json\n{"correct": true}\n```'}.get(solution, "hard to say")
+
+    with serving(Endpoint(write=write)) as endpoint:
+        system = system_for("teacher", endpoint.url)
+        made = judged_traces(problems, tmp_path, system)
+        assert labels(made["traces"]) == [("so # 4", "# 4"), (None, None), (None, "# 17")]
+        assert made["traces"].metrics == {"judged": 2, "overruled": 1, "unjudged": 1}
+        prompts = [body["messages"][0]["content"] for body in endpoint.bodies]
+        assert len(set(prompts)) == 3 and not any("# 5" in prompt or "# 17" in prompt for prompt in prompts)
+        shown = next(prompt for prompt in prompts if prompt.endswith("so # 4"))
+        assert "Problem:\n2+2\n" in shown and "Reference answer:\n4\n" in shown
+        assert all(
+            body["response_format"]["json_schema"]["schema"]["required"] == ["correct"] for body in endpoint.bodies
+        )
+        # With the stages gone, verdicts that were paid for are in the run's store; only failures are asked for again.
+        before = len(endpoint.bodies)
+        shutil.rmtree(tmp_path / "stages")
+        judged_traces(problems, tmp_path, system)
+        assert {body["messages"][0]["content"] for body in endpoint.bodies[before:]} == {
+            prompt for prompt in prompts if prompt.endswith("# 2")
+        }
+
+
+def test_verdicts_that_the_data_has(tmp_path):
+    problems = [{**PROBLEMS[0], "judged": [True, False, True, True]}, {**PROBLEMS[1], "judged": [True]}]
+    made = judged_traces(problems, tmp_path / "good", system_for("data"))
+    assert labels(made["traces"]) == [("so # 4", "# 5"), ("# 2", None)]
+    assert made["traces"].metrics == {"judged": 3, "overruled": 1, "unjudged": 0}
+    with pytest.raises(DataError, match="'judged'"):
+        judged_traces(PROBLEMS, tmp_path / "bad", system_for("data"))
+
+
+def test_a_judge_in_this_process(tmp_path):
+    """A tiny model babbles: it gives no verdict, so no trace is right, and what the verifier finds wrong stays so."""
+    materials = helpers.make_materials(tmp_path)
+    made = judged_traces(PROBLEMS, tmp_path / "run", system_for(str(materials.teacher)))
+    assert labels(made["traces"]) == [(None, "# 5"), (None, None), (None, "# 17")]
+    assert made["traces"].metrics == {"judged": 0, "overruled": 0, "unjudged": 3}
+
+
+@pytest.mark.parametrize(
+    ("system", "said"),
+    [
+        (lambda: system_for(None, "http://localhost:1/v1"), "judge_endpoint needs judge=MODEL"),
+        (lambda: system_for("data", teacher="my-teacher"), "set teacher=data, or name a judge"),
+    ],
+)
+def test_judges_that_cannot_be(system, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        judged_traces(PROBLEMS, tmp_path, system())
+
+
+def test_traces_of_a_server(tmp_path, monkeypatch):
+    """Each problem is one request; the key is that of ``api_key_env``; a busy server is asked again."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("MY_KEY", "secret")
+    asked = {str(fake_task([]).coder.prompt(problem["prompt"])): problem["answer"] for problem in PROBLEMS}
+
+    def busy(prompt: str, nth: int) -> Any:
+        return status(503, Retry_After_Ms="10") if asked[prompt] == "2" and nth == 1 else None
+
+    with serving(
+        Endpoint(busy, write=lambda prompt: f"# {asked[prompt]}" if asked[prompt] != "4" else "# 9")
+    ) as endpoint:
+        system = get_system("redi").make(
+            model="x", data="y", teacher=f"{endpoint.url}#writer", attempts=3, api_key_env="MY_KEY", concurrency=2
+        )
+        made = judged_traces(PROBLEMS, tmp_path, system)
+    assert labels(made["traces"]) == [(None, "# 9"), ("# 2", None), ("# 18", None)]
+    assert len(endpoint.bodies) == 4 and set(endpoint.keys) == {"Bearer secret"}
+    seeds = {asked[str(body["prompt"])]: body["seed"] for body in endpoint.bodies}
+    assert seeds == {"4": 0, "2": 1, "18": 2}  # those of the problems, in whatever order they were written
+    assert {(body["n"], body["model"], body["temperature"]) for body in endpoint.bodies} == {(3, "writer", 0.6)}

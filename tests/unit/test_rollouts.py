@@ -21,6 +21,7 @@ from stillhouse.objectives.responses import PolicyGradient, response_logprobs
 from stillhouse.rl.hints import Hints
 from stillhouse.rl.rollouts import RolloutSource
 from stillhouse.rl.sampling import LiveSampler, Response, ServerSampler, resting
+from stillhouse.teachers import Retry
 
 PROBLEMS = [{"prompt": text, "answer": text[0]} for text in ("ab", "b", "cab", "ddd", "ea")]
 
@@ -334,7 +335,7 @@ def test_responses_from_a_server(coder, server):
 def test_servers_that_do_not_answer(coder, server):
     url, _ = server
     with pytest.raises(ModelError, match="no completion from 'other'"):
-        ServerSampler(url, "other", coder, 7).sample(["a"], n=1, seed=0)
+        ServerSampler(url, "other", coder, 7, retry=Retry(attempts=2, first=0.01)).sample(["a"], n=1, seed=0)
     with pytest.raises(ModelError, match="OpenAI-compatible server runs there"):
         ServerSampler("http://127.0.0.1:9/v1", "known", coder, 7, timeout=2).sample(["a"], n=1, seed=0)
 

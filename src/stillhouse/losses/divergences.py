@@ -31,6 +31,13 @@ class RowDivergence(Protocol):
 
 
 @runtime_checkable
+class LabelledDivergence(Protocol):
+    """A row divergence that asks for the label of every row; see `stillhouse.losses.target_split`."""
+
+    def given(self, labels_N: Tensor, /) -> RowDivergence: ...
+
+
+@runtime_checkable
 class ClosedFormGradient(Protocol):
     """A row divergence that knows its own gradient in the student logits; see ``value_and_grad``."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.losses.divergences import (
+    LabelledDivergence,
     RowDivergence,
     common_vocabulary,
     log_softmax,
@@ -30,7 +31,7 @@ from stillhouse.losses.divergences import (
     value_and_grad,
 )
 
-_Reduction = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum"]
 
 IGNORE_INDEX = -100
 # A chunk of logits goes through the matrix products, a block of it through the row losses. Chunks need some hundred
@@ -73,7 +74,7 @@ def linear_divergence(
     label_weight_N: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-    reduction: _Reduction = "mean",
+    reduction: Reduction = "mean",
 ) -> LinearDivergence:
     """Divergence between two models' next-token distributions, and cross-entropy, straight from hidden states.
 
@@ -88,7 +89,8 @@ def linear_divergence(
     the teacher. Hidden states are (..., D) and (..., E); labels and weights have their leading shape.
 
     - ``divergence``: a class of ``stillhouse.losses.divergences``, or any callable that returns one loss per
-      row; it sees float32 (or float64) logits. Nothing inside it is trained.
+      row; it sees float32 (or float64) logits. Nothing inside it is trained. One that asks for labels
+      (``stillhouse.losses.target_split``) gets ``labels_N``, and counts only where there is one.
     - ``labels_N``: the token that each hidden state predicts (already shifted); -100 is left out. With labels
       the cross-entropy is measured even where its weight is 0, and so is the divergence.
     - ``weight_N``: token weights or mask (bool or real). ``label_weight_N`` is the same for the labels and
@@ -101,8 +103,8 @@ def linear_divergence(
     half-precision weight is summed over chunks in float32.
 
     Raises ``ValueError`` on shapes that do not fit, labels outside the vocabulary, a divergence that does not
-    return one loss per row, or one that is a module with trainable parameters; ``RuntimeError`` on a backward
-    pass with ``create_graph=True``.
+    return one loss per row, asks for labels where there are none, or is a module with trainable parameters;
+    ``RuntimeError`` on a backward pass with ``create_graph=True``.
 
     After the fused losses of Liger Kernel (Hsu et al., 2024, arXiv 2410.10989) and Cut Cross-Entropy (Wijmans
     et al., 2024, arXiv 2411.09009); logit soft-capping as in Gemma 2 (arXiv 2408.00118).
@@ -111,27 +113,35 @@ def linear_divergence(
         raise ValueError("divergence has trainable parameters, which would get no gradient here; freeze them")
     if labels_N is None and cross_entropy_weight != 0:
         raise ValueError("cross_entropy_weight needs labels_N")
+    labelled = isinstance(divergence, LabelledDivergence)
+    if labelled and labels_N is None:
+        raise ValueError(f"{type(divergence).__name__} asks for labels; pass labels_N")
     shape = student_hidden_ND.shape[:-1]
     _check_shape("the teacher's hidden states", teacher_hidden_NE.shape[:-1], shape)
     size = common_vocabulary(student_weight_VD.shape[0], teacher_weight_VE.shape[0], vocab_size)
-    student = _Head(student_weight_VD, student_bias_V, student_logit_scale, student_softcap, size)
-    teacher = _Head(teacher_weight_VE, teacher_bias_V, teacher_logit_scale, teacher_softcap, size)
-    terms: list[_Term] = []
+    student = OutputLayer(student_weight_VD, student_bias_V, student_logit_scale, student_softcap, size)
+    teacher = OutputLayer(teacher_weight_VE, teacher_bias_V, teacher_logit_scale, teacher_softcap, size)
+    terms: list[RowTerm] = []
+    row_weight_N, own_labels_N = row_weights("weight_N", weight_N, student_hidden_ND), None
     if labels_N is not None:
-        label_weight_N = _row_weights(
+        label_weight_N = row_weights(
             "label_weight_N", weight_N if label_weight_N is None else label_weight_N, student_hidden_ND
         )
-        terms.append(_label_term(labels_N, label_weight_N, shape, size, cross_entropy_weight))
+        terms.append(label_term(labels_N, label_weight_N, shape, size, cross_entropy_weight))
+        if labelled:
+            checked = label_term(labels_N, row_weight_N, shape, size, 1.0)
+            row_weight_N, own_labels_N = checked.row_weight, checked.labels
     terms.append(
         _TeacherTerm(
             hidden=teacher_hidden_NE.detach().flatten(0, -2),
             head=teacher,
             divergence=divergence,
-            row_weight=_row_weights("weight_N", weight_N, student_hidden_ND),
+            labels=own_labels_N,
+            row_weight=row_weight_N,
             coefficient=divergence_weight,
         )
     )
-    loss, values = _linear_loss(student_hidden_ND, student, terms, chunk_tokens, reduction)
+    loss, values = linear_loss(student_hidden_ND, student, terms, chunk_tokens, reduction)
     return LinearDivergence(loss, values[-1], values[0] if labels_N is not None else None)
 
 
@@ -146,7 +156,7 @@ def linear_cross_entropy(
     weight_N: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-    reduction: _Reduction = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Cross-entropy of an output layer from its hidden states (..., D), without full logits: a scalar.
 
@@ -154,10 +164,10 @@ def linear_cross_entropy(
     there.
     """
     size = common_vocabulary(weight_VD.shape[0], weight_VD.shape[0], vocab_size)
-    row_weight_N = _row_weights("weight_N", weight_N, hidden_ND)
-    term = _label_term(labels_N, row_weight_N, hidden_ND.shape[:-1], size, 1.0)
-    head = _Head(weight_VD, bias_V, logit_scale, softcap, size)
-    loss, _ = _linear_loss(hidden_ND, head, [term], chunk_tokens, reduction)
+    row_weight_N = row_weights("weight_N", weight_N, hidden_ND)
+    term = label_term(labels_N, row_weight_N, hidden_ND.shape[:-1], size, 1.0)
+    head = OutputLayer(weight_VD, bias_V, logit_scale, softcap, size)
+    loss, _ = linear_loss(hidden_ND, head, [term], chunk_tokens, reduction)
     return loss
 
 
@@ -170,7 +180,7 @@ def default_tokens(vocab_size: int, device: torch.device) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Head:
+class OutputLayer:
     """An output layer of ``size`` entries: cap(scale * (hidden @ weight.T + bias)), weight (V, D), bias (V)."""
 
     weight: Tensor
@@ -179,7 +189,7 @@ class _Head:
     softcap: float | None
     size: int
 
-    def ready(self, autocast: torch.dtype | None) -> _Head:
+    def ready(self, autocast: torch.dtype | None) -> OutputLayer:
         """The layer cut to its size and cast as autocast would."""
         bias_V = None if self.bias is None else _cast(self.bias[: self.size], autocast)
         return replace(self, weight=_cast(self.weight[: self.size], autocast), bias=bias_V)
@@ -204,8 +214,11 @@ class _Head:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Term:
-    """A row loss on the student's logits: ``row_weight`` (N) weighs the rows, ``coefficient`` the term."""
+class RowTerm:
+    """A row loss on the student's logits: ``row_weight`` (N) weighs the rows, ``coefficient`` the term.
+
+    `linear_loss` takes several at once; a subclass says what logits are compared with, and how.
+    """
 
     row_weight: Tensor
     coefficient: float
@@ -217,6 +230,10 @@ class _Term:
     def ready(self, autocast: torch.dtype | None, like_CV: Tensor) -> Self:
         """The term with its tensors cast as autocast would, and memory for a chunk of logits."""
         raise NotImplementedError
+
+    def at(self, rows: slice) -> Self:
+        """The term as it judges these rows, where it does not judge all alike."""
+        return self
 
     def target(self, chunk: slice) -> Tensor:
         """What the student's logits in these rows are compared with; valid until the next chunk."""
@@ -232,14 +249,21 @@ class _Term:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TeacherTerm(_Term):
+class _TeacherTerm(RowTerm):
     hidden: Tensor
-    head: _Head
+    head: OutputLayer
     divergence: RowDivergence
+    labels: Tensor | None = None  # of every row, where the divergence asks for them
     memory: Tensor | None = None
 
     def keep(self, keep_N: Tensor) -> Self:
-        return replace(self, row_weight=self.row_weight[keep_N], hidden=self.hidden[keep_N])
+        labels = None if self.labels is None else self.labels[keep_N]
+        return replace(self, row_weight=self.row_weight[keep_N], hidden=self.hidden[keep_N], labels=labels)
+
+    def at(self, rows: slice) -> Self:
+        if self.labels is None or not isinstance(self.divergence, LabelledDivergence):
+            return self
+        return replace(self, divergence=self.divergence.given(self.labels[rows]))
 
     def ready(self, autocast: torch.dtype | None, like_CV: Tensor) -> Self:
         hidden = _cast(self.hidden, autocast)
@@ -265,7 +289,9 @@ class _TeacherTerm(_Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LabelTerm(_Term):
+class LabelTerm(RowTerm):
+    """Cross-entropy to ``labels`` (N); `label_term` makes it."""
+
     labels: Tensor
 
     def keep(self, keep_N: Tensor) -> Self:
@@ -288,10 +314,14 @@ class _LabelTerm(_Term):
         return loss_C, q_CV.scatter_add_(-1, target_C1, q_CV.new_full(target_C1.shape, -1))
 
 
-def _linear_loss(
-    hidden: Tensor, student: _Head, terms: Sequence[_Term], chunk_tokens: int | None, reduction: _Reduction
+def linear_loss(
+    hidden: Tensor, student: OutputLayer, terms: Sequence[RowTerm], chunk_tokens: int | None, reduction: Reduction
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The weighted sum of the terms (differentiable) and the value of each term before its coefficient."""
+    """The weighted sum of the terms (differentiable) and the value of each term before its coefficient.
+
+    The logits of ``hidden`` (..., D) under ``student`` exist chunk by chunk only, as in `linear_divergence`, where
+    ``chunk_tokens`` and ``reduction`` are described.
+    """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -318,12 +348,12 @@ def _linear_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    student: _Head
-    terms: Sequence[_Term]
+    student: OutputLayer
+    terms: Sequence[RowTerm]
     needs_grad: tuple[bool, ...]
     chunk_tokens: int
     block_tokens: int
-    reduction: _Reduction
+    reduction: Reduction
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -398,7 +428,12 @@ def _run(
                 head,
                 z_CV[rows],
                 [
-                    (term, target[rows], loss_N[chunk][rows], scale_N[chunk][rows])
+                    (
+                        term.at(slice(chunk.start + rows.start, chunk.start + rows.stop)),
+                        target[rows],
+                        loss_N[chunk][rows],
+                        scale_N[chunk][rows],
+                    )
                     for term, target, loss_N, scale_N in zip(terms, targets, losses, scales, strict=True)
                 ],
                 learning,
@@ -420,9 +455,9 @@ def _run(
 
 
 def _row_losses_(
-    head: _Head,
+    head: OutputLayer,
     z_RV: Tensor,
-    work: Sequence[tuple[_Term, Tensor, Tensor, Tensor]],
+    work: Sequence[tuple[RowTerm, Tensor, Tensor, Tensor]],
     learning: Sequence[int],
 ) -> None:
     """Fill in the losses of some rows and replace their logits by the gradient in front of the soft cap.
@@ -447,7 +482,7 @@ def _row_losses_(
             z_RV.copy_(grad_RV)
 
 
-def _norm(term: _Term, reduction: _Reduction) -> Tensor:
+def _norm(term: RowTerm, reduction: Reduction) -> Tensor:
     return total_weight(term.row_weight) if reduction == "mean" else term.row_weight.new_ones(())
 
 
@@ -470,7 +505,10 @@ def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
-def _label_term(labels: Tensor, weight_N: Tensor, shape: torch.Size, vocab_size: int, coefficient: float) -> _LabelTerm:
+def label_term(labels: Tensor, weight_N: Tensor, shape: torch.Size, vocab_size: int, coefficient: float) -> LabelTerm:
+    """The cross-entropy to ``labels`` (...), of the leading ``shape`` of the hidden states; -100 and rows of weight 0
+    are left out. Raises ``ValueError`` on another shape, or a label outside the vocabulary.
+    """
     _check_shape("labels_N", labels.shape, shape)
     labels_N = labels.flatten()
     weight_N = weight_N.where(labels_N != IGNORE_INDEX, 0)
@@ -478,10 +516,11 @@ def _label_term(labels: Tensor, weight_N: Tensor, shape: torch.Size, vocab_size:
     wrong_N = (labels_N < 0) | (labels_N >= vocab_size)
     if wrong_N.any():
         raise ValueError(f"label {int(labels_N[wrong_N][0])} is outside the vocabulary of {vocab_size} entries")
-    return _LabelTerm(labels=labels_N, row_weight=weight_N, coefficient=coefficient)
+    return LabelTerm(labels=labels_N, row_weight=weight_N, coefficient=coefficient)
 
 
-def _row_weights(name: str, weight: Tensor | None, hidden: Tensor) -> Tensor:
+def row_weights(name: str, weight: Tensor | None, hidden: Tensor) -> Tensor:
+    """``weight`` (...) as real numbers (N), or ones; it must have the leading shape of ``hidden`` (..., D)."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if weight is None:
         return torch.ones(hidden.shape[:-1].numel(), dtype=dtype, device=hidden.device)

@@ -16,11 +16,11 @@ from torch import Tensor
 from stillhouse.losses.divergences import RowDivergence, common_vocabulary, value_and_grad
 from stillhouse.losses.linear_divergence import (
     LinearDivergence,
-    _Head,
-    _label_term,
-    _linear_loss,
-    _row_weights,
-    _Term,
+    OutputLayer,
+    RowTerm,
+    label_term,
+    linear_loss,
+    row_weights,
 )
 
 Rest = Literal["bucket", "even"]
@@ -37,7 +37,7 @@ def bucketed(logits_NV: Tensor, index_NK: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TopKTerm(_Term):
+class _TopKTerm(RowTerm):
     """A divergence to sparse targets, row by row: index (N, K), log_p (N, K), log_rest (N)."""
 
     index: Tensor
@@ -136,11 +136,11 @@ def linear_topk_divergence(
     size = common_vocabulary(len(student_weight_VD), len(student_weight_VD), vocab_size)
     if index_NK.numel() and int(index_NK.max()) >= size:
         raise ValueError(f"the teacher's token {int(index_NK.max())} is outside the vocabulary of {size} entries")
-    head = _Head(student_weight_VD, student_bias_V, student_logit_scale, student_softcap, size)
-    row_weight_N = _row_weights("weight_N", weight_N, student_hidden_ND)
-    terms: list[_Term] = []
+    head = OutputLayer(student_weight_VD, student_bias_V, student_logit_scale, student_softcap, size)
+    row_weight_N = row_weights("weight_N", weight_N, student_hidden_ND)
+    terms: list[RowTerm] = []
     if labels_N is not None:
-        terms.append(_label_term(labels_N, row_weight_N, shape, size, cross_entropy_weight))
+        terms.append(label_term(labels_N, row_weight_N, shape, size, cross_entropy_weight))
     terms.append(
         _TopKTerm(
             index=index_NK.flatten(0, -2),
@@ -152,5 +152,5 @@ def linear_topk_divergence(
             coefficient=divergence_weight,
         )
     )
-    loss, values = _linear_loss(student_hidden_ND, head, terms, chunk_tokens, "mean")
+    loss, values = linear_loss(student_hidden_ND, head, terms, chunk_tokens, "mean")
     return LinearDivergence(loss, values[-1], values[0] if labels_N is not None else None)

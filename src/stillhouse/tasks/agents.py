@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge
 
 from stillhouse.base.errors import ConfigError, suggest
 from stillhouse.base.table import Column, Table
+from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
-from stillhouse.core.stage import Context, Evaluate, Generate
+from stillhouse.core.stage import Context, Evaluate, Generate, Stage, Transform
 from stillhouse.core.system import System
-from stillhouse.data.conversations import Exchange, Recall, embedded_recall, load_recall, words_of
+from stillhouse.data.conversations import Exchange, Query, Recall, embedded_recall, load_recall, words_of
 from stillhouse.data.memory import Memory, RuleDistiller, inverse_document_frequencies, memory_prompt
 from stillhouse.metrics.retrieval import (
     compare_paired,
     compression,
+    consensus,
     ndcg_at,
     precision_at,
     recall_at,
@@ -28,9 +30,11 @@ from stillhouse.metrics.retrieval import (
 )
 from stillhouse.models.causal_lm import load_causal_lm
 from stillhouse.models.text_encoder import TextEncoder
-from stillhouse.retrieval.dense import Embedder, VectorIndex, WordVectors
+from stillhouse.retrieval.dense import Embedder, HNSWIndex, VectorIndex, WordVectors
 from stillhouse.retrieval.fusion import cross_layer, fused, top
+from stillhouse.retrieval.grading import Grade, grade_prompt, pooled
 from stillhouse.retrieval.lexical import BM25
+from stillhouse.tasks.black_box import Examiner
 from stillhouse.teachers.answers import Request, Sampling
 from stillhouse.teachers.endpoint import EndpointTeacher
 from stillhouse.teachers.in_process import LocalTeacher
@@ -63,6 +67,20 @@ class AgentSystem(System):
     most_characters: Annotated[int, "the teacher reads so much of each message", Ge(1)] = 4000
     max_tokens: Annotated[int, "longest answer of a teacher", Ge(1)] = 512
     exchanges: Annotated[int, "in the demo", Ge(10)] = 800
+    index: Annotated[
+        Literal["exact", "hnsw", "both"], "search among vectors: exact, by an HNSW graph, or by each (mode 'hnsw')"
+    ] = "exact"
+    hnsw_connectivity: Annotated[int, "neighbours of each vector in the graph", Ge(2)] = 16
+    hnsw_build: Annotated[int, "candidates held while the graph is built", Ge(1)] = 128
+    hnsw_width: Annotated[int, "candidates held while the graph is searched", Ge(1)] = 64
+    graders: Annotated[
+        tuple[str, ...],
+        "models that grade the results of all searches, instead of the questions' known answers: names at the "
+        "grader_endpoint, or directories or hub ids (the paper: five)",
+    ] = ()
+    grades_each: Annotated[int, "grades that each grader gives a result; the consensus of all counts", Ge(1)] = 1
+    grader_endpoint: Annotated[str | None, "address of the graders; by default the teacher's"] = None
+    grader_temperature: Annotated[float, "of the graders' answers", Ge(0)] = 0.0
 
     demo: ClassVar[dict[str, Any]] = {"embedder": WORDS}
     smoke: ClassVar[dict[str, Any]] = {"exchanges": 24}
@@ -146,28 +164,136 @@ class AgentTask:
         asked = self.embed(queries)
         found: dict[str, list[dict[str, float]]] = {}
         for layer, own in texts.items():
-            lexical, dense = BM25([words_of(text) for text in own]), VectorIndex(self.embed(own))
-            there = np.array([bool(text) for text in own])
+            lexical = BM25([words_of(text) for text in own])
             words = [top(lexical.scores(words_of(query)), keys, depth) for query in queries]
-            vectors = [top(dense.scores(vector) * there, keys, depth) for vector in asked]
-            found |= {f"{layer}/bm25": words, f"{layer}/vector": vectors}
-            found[f"{layer}/hybrid"] = [fused(a, b, percentile=percentile) for a, b in zip(words, vectors, strict=True)]
-        for one, other in CROSS:
+            found[f"{layer}/bm25"] = words
+            for name, nearest in self._vector_searches(own, depth).items():
+                vectors = [nearest(vector) for vector in asked]
+                found[f"{layer}/{name}"] = vectors
+                found[f"{layer}/{HYBRID[name]}"] = [
+                    fused(a, b, percentile=percentile) for a, b in zip(words, vectors, strict=True)
+                ]
+        for one, other in crossed(self.system.index):
             pairs = zip(found[f"distilled/{one}"], found[f"verbatim/{other}"], strict=True)
             found[f"cross/{one}+{other}"] = [cross_layer(a, b, percentile=percentile) for a, b in pairs]
         return {name: [list(scores) for scores in lists] for name, lists in found.items()}
 
-    def evaluation(self, texts: Mapping[str, Sequence[str]], *, depth: int, percentile: float, report: str) -> Evaluate:
+    def _vector_searches(self, texts: Sequence[str], depth: int) -> dict[str, Callable[[np.ndarray], dict[str, float]]]:
+        """The searches among vectors of ``texts`` that ``index`` asks for, by mode."""
+        keys, vectors = list(self.by_key), self.embed(texts)
+        there = np.array([bool(text) for text in texts])
+        index = self.system.index
+        searches: dict[str, Callable[[np.ndarray], dict[str, float]]] = {}
+        if index != "hnsw":
+            dense = VectorIndex(vectors)
+            searches["vector"] = lambda vector: top(dense.scores(vector) * there, keys, depth)
+        if index != "exact":
+            graph = HNSWIndex(
+                vectors[there],
+                connectivity=self.system.hnsw_connectivity,
+                build_width=self.system.hnsw_build,
+                width=max(self.system.hnsw_width, depth),  # no fewer candidates than results
+            )
+            present = [key for key, here in zip(keys, there, strict=True) if here]
+
+            def nearest(vector: np.ndarray) -> dict[str, float]:
+                return {
+                    present[place]: float(score) for place, score in zip(*graph.nearest(vector, depth), strict=True)
+                }
+
+            searches["hnsw" if index == "both" else "vector"] = nearest
+        return searches
+
+    def measured(
+        self, texts: Mapping[str, Sequence[str]], *, depth: int, percentile: float, report: str
+    ) -> Generator[Stage, Artifact, None]:
         """Recall questions in all modes of search, and what the distilled text is worth by itself.
 
-        ``report``: the mode whose figures stand among the run's without its name before them.
+        With graders, the first ten results of all modes are graded first, and the grades are what counts.
+
+        Args:
+            texts: the layers, as `rank` takes them.
+            report: the mode whose figures stand among the run's without its name before them.
         """
-        if report not in MODES:
-            raise ConfigError(f"there is no search {report!r}{suggest(report, MODES)}")
-        return Evaluate("evaluation", partial(self._evaluate, texts, depth, percentile, report))
+        modes = modes_of(self.system.index)
+        if report not in modes:
+            raise ConfigError(f"there is no search {report!r}{suggest(report, modes)}")
+        if not (self.system.graders and self.recall.queries):
+            rank = partial(self.rank, texts, depth=depth, percentile=percentile)
+            yield Evaluate("evaluation", partial(self._evaluate, texts, rank, report, {}))
+            return
+        found = yield Transform("results", lambda _: self.rank(texts, depth=depth, percentile=percentile))
+        ranked: dict[str, list[list[str]]] = found.json()
+        pool = pooled(ranked)
+        grades: dict[tuple[int, str], list[int]] = {}
+        for number, name in enumerate(self.system.graders, start=1):
+            for asked, given in (yield from self._graded(f"grades-{number}", name, pool)).items():
+                grades.setdefault(asked, []).extend(given)
+        graded, facts = self._consensus(pool, grades)
+        task = replace(self, recall=graded)
+        yield Evaluate("evaluation", partial(task._evaluate, texts, lambda: ranked, report, facts))
+
+    def _graded(
+        self, stage: str, model: str, pool: Sequence[Sequence[str]]
+    ) -> Generator[Stage, Artifact, dict[tuple[int, str], list[int]]]:
+        """The stage in which one model grades the results of each question; those that it gave no grade are missing."""
+        system, own = self.system, self.system.__dict__
+        examiner = Examiner(
+            run=self.run,
+            model=model,
+            endpoint=own["grader_endpoint"] or own["endpoint"],
+            form=Grade,
+            sampling=Sampling(max_tokens=256, temperature=system.grader_temperature),
+            store="grades.jsonl",
+            api_key_env=own["api_key_env"],
+            concurrency=own["concurrency"],
+        )
+        asked: list[tuple[tuple[int, str], Request]] = [
+            ((query, key), Request.of(grade_prompt(self.recall.queries[query].text, self.by_key[key].text), sample=n))
+            for query, keys in enumerate(pool)
+            for key in keys
+            for n in range(system.grades_each)
+        ]
+        requests = [request for _, request in asked]
+        written = examiner.read((yield examiner.stage(stage, requests)))
+        found: dict[tuple[int, str], list[int]] = {}
+        for (place, _), key in zip(asked, examiner.keys(requests), strict=True):
+            if key in written:
+                found.setdefault(place, []).append(written[key]["grade"])
+        return found
+
+    def _consensus(
+        self, pool: Sequence[Sequence[str]], grades: Mapping[tuple[int, str], Sequence[int]]
+    ) -> tuple[Recall, dict[str, float]]:
+        """The questions with the graders' answers, and how far the graders agree with each other and with the old."""
+        places = [(query, key) for query, keys in enumerate(pool) for key in keys]
+        if not grades:
+            raise ConfigError(
+                f"graders={','.join(self.system.graders)} gave no grade that fits the form for any of "
+                f"{len(places)} results; try stronger models"
+            )
+        agreed = {place: consensus(grades[place]) for place in places if place in grades}
+        queries = tuple(
+            Query(query.text, {key: agreed[number, key] for key in pool[number] if agreed.get((number, key))})
+            for number, query in enumerate(self.recall.queries)
+        )
+        facts = {"graded": float(len(agreed)), "ungraded": float(len(places) - len(agreed))}
+        several = [grades[place] for place in agreed if len(grades[place]) > 1]
+        if several:
+            facts["graders_agree"] = float(np.mean([len(set(given)) == 1 for given in several]))
+        known = [(n, key) for n, key in agreed if self.recall.queries[n].relevant]
+        if known:
+            hits = [(agreed[n, key] > 0) == (key in self.recall.queries[n].relevant) for n, key in known]
+            facts["graders_right"] = float(np.mean(hits))
+        return replace(self.recall, queries=queries), facts
 
     def _evaluate(
-        self, texts: Mapping[str, Sequence[str]], depth: int, percentile: float, report: str, context: Context
+        self,
+        texts: Mapping[str, Sequence[str]],
+        rank: Callable[[], dict[str, list[list[str]]]],
+        report: str,
+        facts: Mapping[str, float],
+        context: Context,
     ) -> tuple[Table, dict[str, Any]]:
         pairs = [(words_of(a), words_of(b)) for a, b in zip(texts["verbatim"], texts["distilled"], strict=True) if b]
         size = compression([len(a) for a, _ in pairs], [len(b) for _, b in pairs])
@@ -188,7 +314,14 @@ class AgentTask:
         ]
         if not self.recall.queries:
             return Table("Memory", COLUMNS, [], [*notes, "No questions were given: queries=FILE measures recall."]), {}
-        ranked = self.rank(texts, depth=depth, percentile=percentile)
+        ranked = rank()
+        comparisons = sum(name.startswith("distilled/") for name in ranked)
+        if facts:
+            context.results |= facts
+            notes.append(
+                f"{facts['graded']:.0f} results were graded by {', '.join(self.system.graders)}; "
+                f"{facts['ungraded']:.0f} got no grade and count as of no use."
+            )
         figures = {
             name: [self._figures(*pair) for pair in zip(lists, self.recall.queries, strict=True)]
             for name, lists in ranked.items()
@@ -199,13 +332,13 @@ class AgentTask:
             layer, mode = name.split("/")
             if layer == "distilled":
                 against = [one["mrr"] for one in figures[f"verbatim/{mode}"]]
-                paired = compare_paired([one["mrr"] for one in own], against, comparisons=COMPARISONS)
+                paired = compare_paired([one["mrr"] for one in own], against, comparisons=comparisons)
                 row |= {"ratio": row["mrr"] / max(float(np.mean(against)), 1e-12), "p": paired.p, "d": paired.d}
             rows.append(row)
             own_figures = {key: value for key, value in row.items() if key != "name"}
             context.results |= {f"{name}/{key}": value for key, value in own_figures.items()}
             context.results |= own_figures if name == report else {}
-        notes.append(f"Differences count as significant below p = 0.05 / {COMPARISONS} (Bonferroni).")
+        notes.append(f"Differences count as significant below p = 0.05 / {comparisons} (Bonferroni).")
         answers = {name: [lists[i][:10] for i in range(min(5, len(lists)))] for name, lists in ranked.items()}
         shown = [query.text for query in self.recall.queries[:5]]
         return Table("Recall questions", COLUMNS, rows, notes), {"samples.json": {"queries": shown, "results": answers}}
@@ -225,12 +358,23 @@ class AgentTask:
 CROSS = (("vector", "bm25"), ("vector", "vector"), ("bm25", "bm25"), ("bm25", "vector"), ("hybrid", "hybrid"))
 """Mechanism on the distilled layer, mechanism on the verbatim layer."""
 
-MODES = (
-    *(f"{layer}/{mode}" for layer in ("verbatim", "distilled") for mode in ("bm25", "vector", "hybrid")),
-    *(f"cross/{one}+{other}" for one, other in CROSS),
-)
+HYBRID = {"vector": "hybrid", "hnsw": "hybrid-hnsw"}
+"""What a search by vectors is called when merged with one by words."""
 
-COMPARISONS = 3  # bm25, vector, hybrid: distilled against verbatim
+
+def crossed(index: str) -> tuple[tuple[str, str], ...]:
+    """The pairs of `CROSS`, and those with the graph where it stands beside exact search."""
+    return (*CROSS, ("hnsw", "bm25"), ("hnsw", "hnsw")) if index == "both" else CROSS
+
+
+def modes_of(index: str) -> tuple[str, ...]:
+    """All ways of searching: LAYER/MECHANISM."""
+    pure = ("bm25", "vector", "hybrid", *(("hnsw", "hybrid-hnsw") if index == "both" else ()))
+    return (
+        *(f"{layer}/{mode}" for layer in ("verbatim", "distilled") for mode in pure),
+        *(f"cross/{one}+{other}" for one, other in crossed(index)),
+    )
+
 
 COLUMNS = [
     Column("mrr", "MRR@10", ".3f", "higher", "mean of 1 / rank of the first relevant result"),

@@ -1,25 +1,30 @@
 """Systems whose teacher writes: behind an endpoint, in this process, or a rule on the embedded task.
 
-`BlackBoxSystem` has the fields that choose the teacher and say how it is asked; `answers` makes the stage.
+`BlackBoxSystem` has the fields that choose the teacher and say how it is asked; `answers` makes the stage. `Examiner`
+is a model that fills in a form: a judge, or a grader.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from stillhouse.base.errors import ConfigError
+from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Evaluate, Generate
 from stillhouse.core.system import System
 from stillhouse.models.causal_lm import load_causal_lm
 from stillhouse.teachers.answers import Answer, Request, Sampling, request_keys
-from stillhouse.teachers.endpoint import Budget, EndpointTeacher, Retry
+from stillhouse.teachers.client import Retry
+from stillhouse.teachers.endpoint import Budget, EndpointTeacher
 from stillhouse.teachers.in_process import LocalTeacher
+from stillhouse.teachers.schema import Schema
 
 DEMO = "demo"
 STORE = "answers.jsonl"
@@ -116,6 +121,72 @@ class BlackBoxSystem(System):
             yield from local.answers(left, everything=keyed)
 
         return keys, Generate(name, keyed, write, together=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examiner:
+    """A model that answers in a given form.
+
+    Args:
+        model: its name at ``endpoint``; without one, directory or hub id of a causal LM, which runs in this process.
+        form: what an answer must be; its fields are plain values.
+        store: the file that keeps an endpoint's answers, whatever else is changed.
+    """
+
+    run: Run
+    model: str
+    endpoint: str | None
+    form: type[BaseModel]
+    sampling: Sampling
+    store: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 16
+    trust_remote_code: bool = False
+
+    def keys(self, requests: Sequence[Request]) -> list[str]:
+        """The key of each request; equal requests have the same."""
+        form = self.form.model_json_schema()
+        return [next(iter(request_keys(self.model, self.sampling, form, [request]))) for request in requests]
+
+    def stage(self, name: str, requests: Sequence[Request]) -> Generate:
+        """The stage in which it answers; an answer that does not fit the form is dropped."""
+        keyed = dict(zip(self.keys(requests), requests, strict=True))
+        return Generate(name, keyed, partial(self._write, keyed), together=True)
+
+    @staticmethod
+    def read(artifact: Artifact) -> dict[str, dict[str, Any]]:
+        """What such a stage left: ``key -> fields``."""
+        import pyarrow.parquet as pq
+
+        return {row.pop("key"): row for row in pq.read_table(artifact.data_file()).to_pylist()}
+
+    def _write(
+        self, everything: Mapping[str, Request], left: Mapping[str, Request]
+    ) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        schema = Schema(self.form)
+        for key, answer in self._answers(everything, left):
+            text, problem = schema.read(answer["text"] or "")
+            yield key, None if problem else self.form.model_validate_json(text).model_dump(mode="json")
+
+    def _answers(
+        self, everything: Mapping[str, Request], left: Mapping[str, Request]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self.endpoint is not None:
+            how: dict[str, Any] = {"api_key_env": self.api_key_env, "concurrency": self.concurrency}
+            place = self.run.folder / self.store
+            teacher = EndpointTeacher(
+                self.endpoint,
+                self.model,
+                sampling=self.sampling,
+                schema=self.form,
+                store=place,
+                say=self.run.say,
+                **how,
+            )
+            return teacher.answers(left)
+        model, tokenizer = load_causal_lm(self.model, trust_remote_code=self.trust_remote_code)
+        local = LocalTeacher(self.model, model.to(self.run.fabric.device), tokenizer, sampling=self.sampling)
+        return local.answers(left, everything=everything)
 
 
 def _tokenizer(name: str | None, trust_remote_code: bool) -> Any:

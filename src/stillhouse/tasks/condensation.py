@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from stillhouse.core.player import OptimizerFactory, Player, sgd
 from stillhouse.core.run import Run
 from stillhouse.core.schedule import step
 from stillhouse.core.source import Source
-from stillhouse.core.stage import Context, Evaluate
+from stillhouse.core.stage import Context, Evaluate, Stage
 from stillhouse.core.system import System
 from stillhouse.core.train import Train
 from stillhouse.data.condensation.dsa import Kind, augment
@@ -48,6 +48,7 @@ from stillhouse.objectives.trajectory import (
     sharpness,
     shown_from,
 )
+from stillhouse.tasks.image_data import held_out
 from stillhouse.tasks.pictures import sample_picture
 
 DEMO = "demo"
@@ -197,6 +198,16 @@ class CondensationTask:
             source = Augmented(source, partial(_augmented, system.augmentation), seed=system.seed + number)
         return Train(name, player, source=source, steps=system.network_steps)
 
+    def networks(
+        self, sets: Mapping[str, tuple[Images, float]]
+    ) -> Generator[Stage, Artifact, dict[str, list[Artifact]]]:
+        """The stages that train fresh networks on every set: ``name -> (images, learning rate)``."""
+        trained: dict[str, list[Artifact]] = {name: [] for name in sets}
+        for name, (images, lr) in sets.items():
+            for number in range(self.system.networks):
+                trained[name].append((yield self.train_on(f"{name}-{number}", images, lr=lr, number=number)))
+        return trained
+
     @torch.no_grad()
     def accuracy(self, artifact: Artifact) -> float:
         """On the test images, of a network that `train_on` left."""
@@ -252,9 +263,9 @@ class CondensationTask:
         self,
         sets: Mapping[str, Sequence[Artifact]],
         sizes: Mapping[str, int],
-        errors: Callable[[], Mapping[str, float]],
+        errors: Callable[[], Mapping[str, float]] = dict,
     ) -> Evaluate:
-        """Accuracy of the networks trained on each set, and the ``errors`` of students on the first."""
+        """Accuracy of the networks trained on each set, and the ``errors`` of students on the first, if any."""
         return Evaluate("evaluation", partial(self._evaluate, sets, sizes, errors))
 
     def _evaluate(
@@ -273,7 +284,8 @@ class CondensationTask:
             more = {}
             rows.append({"name": name, **figures})
             context.results |= {f"{name}/{key}": float(value) for key, value in figures.items()}
-        return Table("Fresh networks on test images", COLUMNS, rows, [f"{len(self.test_images)} test images."])
+        shown = [column for column in COLUMNS if any(column.key in row for row in rows)]
+        return Table("Fresh networks on test images", shown, rows, [f"{len(self.test_images)} test images."])
 
 
 def images_and_rate(kind: Literal["sgd", "adam"], lr: float, *, momentum: float, rate_lr: float) -> OptimizerFactory:
@@ -334,11 +346,8 @@ def _user_images(system: CondensationSystem) -> tuple[Images, Images]:
     if rows.test is not None:
         train, test = read(rows.train), read(rows.test)
     else:
-        order = torch.randperm(len(rows.train), generator=torch.Generator().manual_seed(0)).tolist()
-        held = max(1, round(system.test * len(order)))
-        if held >= len(order):
-            raise DataError(f"{system.data}: {len(order)} images are too few to hold some out; give more")
-        train, test = read(rows.train.select(order[held:])), read(rows.train.select(order[:held]))
+        tested, trained = held_out(len(rows.train), (system.test,), name=system.data)
+        train, test = read(rows.train.select(trained)), read(rows.train.select(tested))
     return replace(train, pixels=_in_memory(train)), replace(test, pixels=_in_memory(test))
 
 

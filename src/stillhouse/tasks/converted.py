@@ -3,47 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from stillhouse.base.errors import ConfigError
-from stillhouse.core.artifact import Artifact, Saver
+from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
-from stillhouse.core.observed import Signal
+from stillhouse.core.observed import Observed, Signal
 from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
+from stillhouse.core.schedule import cosine
 from stillhouse.core.stage import Context, Stage, Transform
 from stillhouse.core.train import Train
 from stillhouse.data.sources import Batches
+from stillhouse.data.text import load_text
+from stillhouse.data.windows import tokenize_windows
+from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm
 from stillhouse.models.conversion import Inherit, convert, is_converted, load_converted
 from stillhouse.models.state_space import StateSpaceMixer
+from stillhouse.models.tokenizers import train_bpe
+from stillhouse.objectives.language import TokenCrossEntropy, head_of
 from stillhouse.objectives.layerwise import observe_layers
-from stillhouse.tasks.language import LanguageSystem, LanguageTask, save_pretrained
+from stillhouse.tasks.language import DEMO, LanguageSystem, LanguageTask, save_pretrained
 
 Aligned = Literal["mixer", "block"]
 """What `hidden_alignment` compares: the outputs of the mixers, or of whole layers."""
 
+Embedded = Literal["words", "characters"]
+"""The embedded task: that of all language systems, or a small model of characters on which many steps are cheap."""
+
 Match = Callable[[Mapping[int, Signal], Mapping[int, Signal]], Objective]
+
+
+@dataclass(frozen=True)
+class CharacterTeacher:
+    """How the small teacher is made; part of its fingerprint in the cache."""
+
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 4
+    window: int = 64
+    batch_size: int = 16
+    steps: int = 1500
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    seed: int = 0
 
 
 class ConvertedTask(LanguageTask):
     """A `LanguageTask` whose students are converted models (`stillhouse.models.conversion`)."""
 
     @staticmethod
-    def prepare(system: LanguageSystem, run: Run) -> Generator[Stage, Artifact, ConvertedTask]:
+    def prepare(
+        system: LanguageSystem, run: Run, *, embedded: Embedded = "words"
+    ) -> Generator[Stage, Artifact, ConvertedTask]:
+        """Build the task; ``embedded`` says which of two embedded ones, where neither teacher nor data is given."""
         if system.pretrain:
             raise ConfigError(f"{system.name()}: the student is made from the teacher, so there is nothing to pretrain")
-        task = yield from LanguageTask.prepare(system, run)
+        if embedded == "words":
+            task = yield from LanguageTask.prepare(system, run)
+        elif system.teacher == DEMO and system.data == DEMO:
+            task = yield from _character_task(system, run)
+        else:
+            raise ConfigError(
+                "embedded=characters is the demo's text with a teacher of its own; give no teacher or data"
+            )
         return ConvertedTask(**{field.name: getattr(task, field.name) for field in fields(LanguageTask)})
-
-    @property
-    def save(self) -> Saver:
-        """Writes a model with its tokenizer."""
-        return partial(save_pretrained, tokenizer=self.tokenizer)
 
     def load(self, artifact: Artifact) -> nn.Module:
         if not is_converted(artifact.path):
@@ -112,3 +141,59 @@ class ConvertedTask(LanguageTask):
             result=model,
             save=self.save,
         )
+
+
+def _character_task(system: LanguageSystem, run: Run) -> Generator[Stage, Artifact, LanguageTask]:
+    """The demo's text byte by byte, with a teacher of two layers that the first run trains."""
+    from transformers import LlamaConfig
+
+    recipe = CharacterTeacher()
+    data = load_text(DEMO)
+    tokenizer = train_bpe([], vocab_size=257)
+    held_out: dict[str, Any] = {"validation": system.validation, "selection": system.selection}
+    windows = tokenize_windows(data, tokenizer, window=system.window, **held_out)
+    reads = tokenize_windows(data, tokenizer, window=recipe.window, **held_out)
+    end = tokenizer.eos_token_id
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=4 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=1024,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        tie_word_embeddings=True,
+    )
+
+    def player() -> Player:
+        teacher = Observed(new_causal_lm(config, seed=recipe.seed), name="teacher", options={"use_cache": False})
+        optimizer = adamw(recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+        objective = TokenCrossEntropy(head_of(teacher))
+        return Player("teacher", teacher, objective, optimizer=optimizer, lr=cosine(1.0, 0.0, warmup=0.05), clip=1.0)
+
+    trained = yield Train(
+        "teacher",
+        player,
+        source=Batches(reads.train, recipe.batch_size, seed=recipe.seed, gather=True),
+        steps=recipe.steps,
+        save=partial(save_pretrained, tokenizer=tokenizer),
+        cache={**asdict(recipe), **held_out, "task": "characters", "data": data.fingerprint},
+    )
+    teacher, _ = load_causal_lm(str(trained.path))
+    new_student = partial(new_causal_lm, config, seed=system.seed)
+    return LanguageTask(system, run, teacher, tokenizer, data, windows, len(tokenizer), new_student)
+
+
+def stage_arms(named: str = "", **common: Any) -> dict[str, dict[str, Any]]:
+    """Arms of one budget: all stages as they stand, the mixing matrices left out, and the logits alone.
+
+    ``named`` is added to their names: arms of two experiments of one system must not share a name.
+    """
+    return {
+        f"three stages{named}": common,
+        f"stages 2 and 3{named}": {**common, "orientation": 0.0, "alignment": 0.5},
+        f"stage 3 alone{named}": {**common, "orientation": 0.0, "alignment": 0.0},
+    }

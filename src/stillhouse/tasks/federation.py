@@ -229,6 +229,25 @@ class Federation:
         told = TensorRows({name: torch.cat(pieces) for name, pieces in columns.items()})
         return TensorRows({**told.columns, "index": torch.arange(len(told))})
 
+    def class_means(self, clients: Sequence[Client], cut: int) -> TensorRows:
+        """What clients can tell without showing an image: the mean of its representations for each class.
+
+        Columns: ``client``, ``labels`` (the class), ``count`` (its images), ``mean`` (C, over the places too); classes
+        that a client has no image of are left out.
+        """
+        told = self.upload(clients, cut, temperature=1.0).columns
+        spatial = tuple(range(2, told["inputs"].ndim))
+        pooled = told["inputs"].mean(spatial) if spatial else told["inputs"]
+        rows: dict[str, list[Tensor]] = {"client": [], "labels": [], "count": [], "mean": []}
+        for client in told["client"].unique():
+            for label in told["labels"].unique():
+                mine = (told["client"] == client) & (told["labels"] == label)
+                if mine.any():
+                    row = {"client": client, "labels": label, "count": mine.sum(), "mean": pooled[mine].mean(0)}
+                    for name, value in row.items():
+                        rows[name].append(value)
+        return TensorRows({name: torch.stack(column) for name, column in rows.items()})
+
     def average(self, clients: Sequence[Client], _: Any = None) -> nn.Module:
         """Give every client the mean of these clients' weights, by their numbers of images (FedAvg)."""
         counts = torch.tensor([float(len(client.images)) for client in clients])
@@ -345,6 +364,17 @@ class Server:
             logits = head(columns["inputs"][mine].to(device), start=cut - 1)
             soft[mine] = (logits / temperature).softmax(-1).cpu()
         return TensorRows({"client": columns["client"], "row": columns["row"], "soft": soft})
+
+
+def prototypes(told: TensorRows, classes: int) -> Tensor:
+    """What all clients' images of each class are like, (V, C), from what they told (`Federation.class_means`).
+
+    The mean of the clients' means, by their numbers of images; 0 for a class that nobody has.
+    """
+    count_N, mean_NC, labels_N = (told.columns[name] for name in ("count", "mean", "labels"))
+    sums_VC = mean_NC.new_zeros(classes, mean_NC.shape[1]).index_add(0, labels_N, count_N[:, None] * mean_NC)
+    count_V = count_N.new_zeros(classes).index_add(0, labels_N, count_N)
+    return sums_VC / count_V.clamp_min(1)[:, None]
 
 
 COLUMNS = [

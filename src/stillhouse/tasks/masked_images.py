@@ -26,10 +26,9 @@ from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
 from stillhouse.core.schedule import cosine
 from stillhouse.core.stage import Context, Evaluate, Stage
-from stillhouse.core.system import System
 from stillhouse.core.train import Train
 from stillhouse.data.crops import mix_images, random_erasing, random_resized_crop
-from stillhouse.data.images import Augmented, Change, Images, digits, in_turn, load_images, random_flip, subset
+from stillhouse.data.images import Augmented, Change, Images, digits, in_turn, random_flip, subset
 from stillhouse.data.sources import Batches
 from stillhouse.metrics.probe import linear_probe
 from stillhouse.models import masked
@@ -37,16 +36,16 @@ from stillhouse.models.image_classifier import image_processor, pixels_of, plain
 from stillhouse.models.scaling import parameter_count
 from stillhouse.objectives.masked import Reconstruction
 from stillhouse.objectives.soft_labels import SoftCrossEntropy
+from stillhouse.tasks.image_data import DEMO, ImageSystem, held_out
 
 if TYPE_CHECKING:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-DEMO = "demo"
 LOOK = 256  # images in a batch of a measurement
 
 
 @dataclass(kw_only=True)
-class MaskedImageSystem(System):
+class MaskedImageSystem(ImageSystem):
     """Fields of every system that distils masked autoencoders."""
 
     teacher: Annotated[
@@ -55,14 +54,6 @@ class MaskedImageSystem(System):
     student: Annotated[
         str, "directory or hub id of one, or the teacher's architecture with other sizes: hidden_size=384,heads=6"
     ] = "hidden_size=768,layers=12,heads=12"
-    data: Annotated[str, "folder with a folder of images per class, .parquet file, hub data set id, or 'demo'"] = DEMO
-    split: Annotated[str, "split of the data set that is trained on"] = "train"
-    test_split: Annotated[str | None, "split for the final measurement; found by itself by default"] = None
-    image_field: Annotated[str | None, "column that holds the images; found by itself by default"] = None
-    label_field: Annotated[str | None, "column that holds the labels; found by itself by default"] = None
-    test: Annotated[
-        float, "share held out for the final measurement, where the data has no split for it", Gt(0), Lt(1)
-    ] = 0.1
     mask_ratio: Annotated[float, "share of the patches that is hidden", Gt(0), Lt(1)] = 0.75
     rounding: Annotated[
         masked.Rounding, "how the number of visible patches is rounded; truncate: as transformers does by itself"
@@ -105,9 +96,6 @@ class MaskedImageSystem(System):
     smoke: ClassVar[dict[str, Any]] = {"teacher_steps": 20, "steps": 22, "finetune_steps": 5}
 
     teacher_steps: Annotated[int, "steps that the embedded teacher is trained for", Ge(1)] = 1500
-
-    def is_demo(self) -> bool:
-        return self.__dict__["teacher"] == DEMO and self.__dict__["data"] == DEMO
 
 
 @dataclass
@@ -293,23 +281,13 @@ COLUMNS = [
 
 
 def _user_images(system: MaskedImageSystem, config: ViTMAEConfig) -> tuple[Images, Images, Any]:
-    rows = load_images(
-        system.data,
-        split=system.split,
-        test_split=system.test_split,
-        image_field=system.image_field,
-        label_field=system.label_field,
-    )
+    rows = system.image_rows()
     processor = image_processor(system.teacher, image_size=config.image_size, channels=config.num_channels)
     read = partial(rows.images, process=pixels_of(processor), channels=config.num_channels)
     if rows.test is not None:
         return read(rows.train), read(rows.test), processor
-    # What is held out does not depend on the seed: no teacher of an earlier run has seen any of it.
-    order = torch.randperm(len(rows.train), generator=torch.Generator().manual_seed(0)).tolist()
-    held = max(1, round(system.test * len(order)))
-    if held >= len(order):
-        raise DataError(f"{system.data}: {len(order)} images are too few to hold some out; give more")
-    return read(rows.train.select(order[held:])), read(rows.train.select(order[:held])), processor
+    tested, trained = held_out(len(rows.train), (system.test,), name=system.data)
+    return read(rows.train.select(trained)), read(rows.train.select(tested)), processor
 
 
 # -- the embedded teacher -------------------------------------------------------------------------------------------

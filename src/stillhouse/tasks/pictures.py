@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def sample_picture(samples: Mapping[str, Tensor], *, points: int = 2000, side: int = 8) -> str:
@@ -15,7 +19,6 @@ def sample_picture(samples: Mapping[str, Tensor], *, points: int = 2000, side: i
     Args:
         samples: name -> (N, 2, 1, 1) points, or (N, C, H, W) images in [-1, 1] with 1 or 3 channels.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.6 * len(samples), 2.9), layout="constrained")
@@ -32,10 +35,7 @@ def sample_picture(samples: Mapping[str, Tensor], *, points: int = 2000, side: i
             axis.set_ylim(-2.6, 2.6)
         else:
             axis.imshow(_tiled(found, side), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    text = io.StringIO()
-    with rc_context({"svg.hashsalt": "stillhouse", "savefig.dpi": 110}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    return _svg(figure)
 
 
 def _tiled(images: Tensor, side: int) -> Tensor:
@@ -46,3 +46,45 @@ def _tiled(images: Tensor, side: int) -> Tensor:
         shown = torch.cat([shown, shown.new_zeros(side * side - count, channels, height, width)])
     grid = shown.reshape(side, side, channels, height, width).permute(0, 3, 1, 4, 2)
     return grid.reshape(side * height, side * width, channels).squeeze(-1)
+
+
+def curves_picture(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, log_x: bool = False) -> str:
+    """Lines through (x, y) points, one a name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for name, points in curves.items():
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    if log_x:
+        axis.set_xscale("log")
+    axis.legend(fontsize=7)
+    return _svg(figure)
+
+
+def matrix_picture(values: Sequence[Sequence[float | None]], *, rows: Sequence[str], columns: Sequence[str]) -> str:
+    """A table as a heat map with its numbers; cells without one stay empty."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6 + 0.9 * len(columns), 1.2 + 0.5 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    shown = [[float("nan") if value is None else value for value in row] for row in values]
+    axis.imshow(shown, cmap="viridis_r", aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, fontsize=7)
+    axis.set_yticks(range(len(rows)), rows, fontsize=6)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if value is not None:
+                axis.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color="white")
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.hashsalt": "stillhouse", "savefig.dpi": 110}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

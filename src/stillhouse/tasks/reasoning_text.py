@@ -8,13 +8,13 @@ The teacher knows the languages; the student begins knowing nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from stillhouse.base.errors import ConfigError, DataError, near, one_line, suggest
@@ -23,8 +23,9 @@ from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
 from stillhouse.core.player import Player, adamw
-from stillhouse.core.stage import Context, Evaluate, Transform
-from stillhouse.data.rationales import ANSWER_PHRASE, Example, cot_prompt, parse_cot
+from stillhouse.core.stage import Context, Evaluate, Stage, Transform
+from stillhouse.core.train import Train
+from stillhouse.data.rationales import ANSWER_PHRASE, Example, Noise, cot_prompt, parse_cot, spoilt
 from stillhouse.data.sources import Batches
 from stillhouse.models.text_to_text import TextToText, load_text_to_text
 from stillhouse.tasks.black_box import BlackBoxSystem
@@ -69,6 +70,27 @@ class QuestionSystem(BlackBoxSystem):
     test: Annotated[str | None, "data to measure on; by default what is held out"] = None
     validation: Annotated[float, "share of the examples held out to choose the best weights by", Gt(0), Lt(1)] = 0.1
     label_source: Annotated[Literal["gold", "teacher"], "whose labels the student learns"] = "gold"
+    student: Annotated[str, "directory or hub id of an encoder-decoder or a causal LM; 'demo': a tiny T5"] = (
+        "google/t5-v1_1-base"
+    )
+    steps: Annotated[int, "optimizer steps", Ge(1)] = 10_000
+    batch_size: Annotated[int, "examples in a step", Ge(1)] = 64
+    lr: Annotated[float, "learning rate of AdamW", Gt(0)] = 5e-5
+    weight_decay: Annotated[float, "decoupled weight decay", Ge(0)] = 0.0
+    max_source: Annotated[int, "tokens of an input that are read", Ge(1)] = 1024
+    max_rationale: Annotated[int, "tokens of a rationale", Ge(1)] = 256
+    max_label: Annotated[int, "tokens of a label", Ge(1)] = 64
+    keep: Annotated[Literal["best", "last"], "weights kept: the best on what is held out, or the last"] = "best"
+    examples: Annotated[int | None, "examples to train on; all by default (embedded: 400)", Ge(1)] = None
+    curve: Annotated[
+        tuple[Annotated[int, Ge(1)], ...], "fewer examples that a student each is trained on too: the data curve"
+    ] = ()
+    noise: Annotated[
+        Literal["none", "noisy", "shuffled", "wrong"],
+        "what is done to the rationales: words of others, rationales of others, or of others with another label",
+    ] = "none"
+    noise_share: Annotated[float, "share of the words, or rationales, to which it is done", Ge(0), Le(1)] = 0.3
+    noise_cost: Annotated[bool, "train a student on the rationales as they were too: what does the noise cost?"] = False
 
     def is_demo(self) -> bool:
         own = self.__dict__
@@ -77,7 +99,7 @@ class QuestionSystem(BlackBoxSystem):
     def questions(self) -> Questions:
         """The embedded questions, or the user's. What is held out is the test too, if there is no data for that."""
         if self.data == DEMO:
-            return demo_questions()
+            return demo_questions(train=self.examples or 400)
         if self.teacher == DEMO:
             raise ConfigError("teacher=demo only reads data=demo; for your own data give your own teacher")
         fields = {"input_field": self.input_field, "label_field": self.label_field}
@@ -92,7 +114,7 @@ class QuestionSystem(BlackBoxSystem):
         for name, part in ((self.data, validated), (self.test, tested), (self.exemplars, shown)):
             if any(example.label is None for example in part):
                 raise DataError(f"{name}: no {self.label_field!r} in records that need one; give them labels")
-        return Questions([examples[place] for place in order[held:]], validated, tested, shown)
+        return Questions([examples[place] for place in order[held:]][: self.examples], validated, tested, shown)
 
     def prompts(self, questions: Questions) -> list[Request]:
         """What the teacher is asked: a few-shot chain-of-thought prompt for each training example."""
@@ -101,15 +123,26 @@ class QuestionSystem(BlackBoxSystem):
             for example in questions.train
         ]
 
-    def rationales(self, questions: Questions, keys: Sequence[str], answers: Artifact) -> Transform:
-        """The stage that takes rationale and label from each answer; answers without a label are dropped."""
-        return Transform("rationales", partial(self._extract, questions, keys, answers))
+    def rationales(
+        self, questions: Questions, keys: Sequence[str], answers: Artifact, *, name: str = "rationales"
+    ) -> Transform:
+        """The stage that takes rationale and label from each answer; answers without a label are dropped.
 
-    def _extract(self, questions: Questions, keys: Sequence[str], answers: Artifact, context: Context) -> Any:
+        The stage ``rationales`` spoils the rationales as ``noise`` says; under another name they stay as they were.
+        """
+        noise: Noise | None = self.noise if name == "rationales" and self.noise != "none" else None
+        return Transform(name, partial(self._extract, questions, keys, answers, noise))
+
+    def _extract(
+        self, questions: Questions, keys: Sequence[str], answers: Artifact, noise: Noise | None, context: Context
+    ) -> Any:
         import datasets
 
         found = read_answers(answers)
         rows, figures = extract_traces(questions.train, [found[key] for key in keys], label_source=self.label_source)
+        if noise is not None:
+            rows, changed = spoilt_traces(rows, noise, share=self.noise_share, seed=self.seed)
+            figures["spoilt"] = changed
         context.results = figures
         context.run.say(
             f"{figures['traces']:.0f} traces; {figures['failed']:.0f} requests failed, {figures['unparsable']:.0f} "
@@ -117,18 +150,63 @@ class QuestionSystem(BlackBoxSystem):
         )
         return datasets.Dataset.from_list(rows)
 
+    def students(
+        self,
+        questions: Questions,
+        keys: Sequence[str],
+        answers: Artifact,
+        traces: Artifact,
+        tasks: Callable[[TextToText], Tasks],
+        objective: Callable[[Observed], Objective],
+    ) -> Generator[Stage, Artifact, dict[str, Artifact]]:
+        """The stages that train the student, those of the data curve, and the one that learns from clean rationales."""
+
+        def train(name: str, traces: Artifact, first: int | None = None) -> Train:
+            student = new_student(self.student, seed=self.seed, trust_remote_code=self.trust_remote_code)
+            work = tasks(student)
+            return Train(
+                name,
+                work.player(objective, lr=self.lr, weight_decay=self.weight_decay),
+                source=work.batches(traces, self.batch_size, seed=self.seed, first=first),
+                steps=self.steps,
+                evaluate=lambda: {"accuracy": work.accuracy(questions.validation)},
+                best="-accuracy" if self.keep == "best" else None,
+                save=work.save,
+            )
+
+        trained = {"student": (yield train("student", traces))}
+        there = int(traces.metrics["traces"])
+        if self.curve and max(self.curve) > there:
+            raise ConfigError(f"curve={max(self.curve)}, but there are {there} examples to learn from; take fewer")
+        for count in self.curve:
+            trained[f"student-{count}"] = yield train(f"student-{count}", traces, count)
+        if self.noise_cost and self.noise != "none":
+            clean = yield self.rationales(questions, keys, answers, name="clean-rationales")
+            trained["clean"] = yield train("clean", clean)
+        return trained
+
     def evaluation(
-        self, questions: Questions, traces: Artifact, trained: Artifact, tasks: Callable[[TextToText], Tasks]
+        self,
+        questions: Questions,
+        traces: Artifact,
+        trained: Mapping[str, Artifact],
+        tasks: Callable[[TextToText], Tasks],
     ) -> Evaluate:
         """Labels on the test examples; no rationale is written for them if one of the ``tasks`` is to predict."""
 
         def evaluate(context: Context) -> Table:
-            student = load_text_to_text(str(trained.path), trust_remote_code=self.trust_remote_code)
-            student.model.to(context.run.fabric.device)
-            figures = tasks(student).measured(questions.test)
-            context.results = {f"student/{name}": value for name, value in figures.items()}
+            rows = {}
+            for name, artifact in trained.items():
+                student = load_text_to_text(str(artifact.path), trust_remote_code=self.trust_remote_code)
+                student.model.to(context.run.fabric.device)
+                rows[name] = tasks(student).measured(questions.test)
+                context.results |= {f"{name}/{figure}": value for figure, value in rows[name].items()}
             note = f"{len(questions.test):,} questions; {traces.metrics['traces']:.0f} traces to learn from."
-            return label_table(traces.metrics.get("teacher_accuracy"), figures, [note])
+            if "clean" in rows:
+                cost = rows["clean"]["accuracy"] - rows["student"]["accuracy"]
+                context.results["noise_cost"] = cost
+                note += f" {self.noise.capitalize()} rationales cost {cost:.1%} of accuracy."
+            return label_table(traces.metrics.get("teacher_accuracy"), rows, [note])
 
         return Evaluate("evaluation", evaluate)
 
@@ -181,7 +259,10 @@ def load_examples(
 
 
 def demo_questions(*, train: int = 400, validation: int = 200, test: int = 2000, seed: int = 0) -> Questions:
-    """Pairs of number words, each number as likely as the others and each of its words too."""
+    """Pairs of number words, each number as likely as the others and each of its words too.
+
+    Fewer examples to train on are the first of 400, more are these and others; the rest is always the same.
+    """
     generator = random.Random(seed)
     words = [[word for word, meaning in MEANING.items() if meaning == number] for number in range(10)]
 
@@ -190,8 +271,9 @@ def demo_questions(*, train: int = 400, validation: int = 200, test: int = 2000,
         asked = f"{generator.choice(words[first])} {generator.choice(words[second])}"
         return Example(asked, str(abs(first - second)), f"{first} and {second}")
 
-    shown, learnt, validated, tested = ([pair() for _ in range(count)] for count in (10, train, validation, test))
-    return Questions(learnt, validated, tested, shown)
+    shown, learnt, validated, tested = ([pair() for _ in range(count)] for count in (10, 400, validation, test))
+    learnt += [pair() for _ in range(train - 400)]
+    return Questions(learnt[:train], validated, tested, shown)
 
 
 def demo_rule(request: Request) -> str:
@@ -275,6 +357,25 @@ def extract_traces(
     return rows, figures
 
 
+def curve_mean(figures: Mapping[str, float]) -> float:
+    """The students' mean accuracy along a data curve, of an evaluation's figures."""
+    found = [value for name, value in figures.items() if name.startswith("student") and name.endswith("/accuracy")]
+    return sum(found) / len(found)
+
+
+def spoilt_traces(
+    rows: Sequence[Mapping[str, str | None]], noise: Noise, *, share: float, seed: int
+) -> tuple[list[dict[str, str | None]], int]:
+    """Rows of `extract_traces` with rationales as `spoilt` makes them and labels as they were; how many changed."""
+    before = [row["explain"] or "" for row in rows]
+    after = spoilt(before, [str(row["predict"]) for row in rows], noise, share=share, seed=seed)
+    made = [
+        {**row, "explain": text, "cot": f"{text} {ANSWER_PHRASE} {row['predict']}.".strip()}
+        for row, text in zip(rows, after, strict=True)
+    ]
+    return made, sum(old != new for old, new in zip(before, after, strict=True))
+
+
 def accuracy(found: Sequence[str | None], examples: Sequence[Example]) -> float:
     """Share of the labels found; case and blanks at the ends do not count."""
 
@@ -321,11 +422,12 @@ class Tasks:
         student = Observed(self.student.model, name="student", options={"use_cache": False})
         return Player("student", student, objective(student), optimizer=adamw(lr, weight_decay=weight_decay))
 
-    def batches(self, traces: Artifact, batch_size: int, *, seed: int) -> Batches:
-        """What the student is fed in training, from the traces that were extracted."""
+    def batches(self, traces: Artifact, batch_size: int, *, seed: int, first: int | None = None) -> Batches:
+        """What the student is fed in training, from the (``first``) traces that were extracted."""
         import pyarrow.parquet as pq
 
-        return Batches(pq.read_table(traces.data_file()).to_pylist(), batch_size, seed=seed, collate=self.batch)
+        rows = pq.read_table(traces.data_file()).to_pylist()[:first]
+        return Batches(rows, min(batch_size, len(rows)) if first else batch_size, seed=seed, collate=self.batch)
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the student as it has become, with its tokenizer."""
@@ -357,11 +459,13 @@ class Tasks:
         return {"parameters": size, "accuracy": accuracy(found, examples), "tokens": tokens}
 
 
-def label_table(teacher_accuracy: float | None, student: Mapping[str, float], notes: Sequence[str]) -> Table:
-    """The teacher's labels beside the student's."""
+def label_table(
+    teacher_accuracy: float | None, students: Mapping[str, Mapping[str, float]], notes: Sequence[str]
+) -> Table:
+    """The teacher's labels beside the students'."""
     rows: list[dict[str, Any]] = [
         {"name": "teacher, on the training examples", "accuracy": teacher_accuracy},
-        {"name": "student", **student},
+        *({"name": name, **figures} for name, figures in students.items()),
     ]
     columns = [
         Column("parameters", "parameters", ",d"),

@@ -18,7 +18,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import nn
 
-from stillhouse.base.errors import ConfigError, DataError, ModelError
+from stillhouse.base.errors import ConfigError, ModelError
 from stillhouse.base.table import Column, Table
 from stillhouse.core.artifact import Artifact, Saver
 from stillhouse.core.objective import Objective
@@ -28,7 +28,6 @@ from stillhouse.core.run import Run
 from stillhouse.core.schedule import Schedule, cosine, linear, step
 from stillhouse.core.source import Source
 from stillhouse.core.stage import Context, Evaluate, Stage
-from stillhouse.core.system import System
 from stillhouse.core.train import Train
 from stillhouse.data.images import (
     Augmented,
@@ -37,7 +36,6 @@ from stillhouse.data.images import (
     digits,
     gaussian_noise,
     in_turn,
-    load_images,
     random_flip,
     random_shift,
     subset,
@@ -59,14 +57,14 @@ from stillhouse.models.image_classifier import (
 )
 from stillhouse.models.scaling import parameter_count
 from stillhouse.objectives.logits import CrossEntropy
+from stillhouse.tasks.image_data import DEMO, ImageSystem, held_out
 
-DEMO = "demo"
 DEMO_SIZE = 8
 EVALUATION_BATCH = 256
 
 
 @dataclass(kw_only=True)
-class VisionSystem(System):
+class VisionSystem(ImageSystem):
     """Fields of every system that distils image classifiers."""
 
     teacher: Annotated[
@@ -79,15 +77,7 @@ class VisionSystem(System):
         "directory or hub id; new:NAME: its architecture with random weights; or the teacher's architecture made "
         "smaller: scale:0.25, hidden_sizes=8-16",
     ] = "scale:0.25"
-    data: Annotated[str, "folder with a folder of images per class, .parquet file, hub data set id, or 'demo'"] = DEMO
-    split: Annotated[str, "split of the data set that is trained on"] = "train"
-    test_split: Annotated[str | None, "split for the final measurement; found by itself by default"] = None
-    image_field: Annotated[str | None, "column that holds the images; found by itself by default"] = None
-    label_field: Annotated[str | None, "column that holds the labels; found by itself by default"] = None
     validation: Annotated[float, "share of the images held out to select by", Gt(0), Lt(1)] = 0.1
-    test: Annotated[
-        float, "share held out for the final measurement, where the data has no split for it", Gt(0), Lt(1)
-    ] = 0.1
     image_size: Annotated[int | None, "images are resized to this; by default what the model asks for", Ge(1)] = None
     train_size: Annotated[int | None, "so many training images only, drawn by the seed", Ge(1)] = None
     label_noise: Annotated[
@@ -129,9 +119,6 @@ class VisionSystem(System):
         "baseline": True,
     }
     smoke: ClassVar[dict[str, Any]] = {"student": "hidden_sizes=4-8,embedding_size=4", "train_size": 128, "steps": 22}
-
-    def is_demo(self) -> bool:
-        return self.__dict__["teacher"] == DEMO and self.__dict__["data"] == DEMO
 
     def learning_rate(self) -> Schedule:
         """The course of the learning rate, as a factor."""
@@ -421,13 +408,7 @@ def _digits() -> _Found:
 
 
 def _user_images(system: VisionSystem, config: Any) -> _Found:
-    rows = load_images(
-        system.data,
-        split=system.split,
-        test_split=system.test_split,
-        image_field=system.image_field,
-        label_field=system.label_field,
-    )
+    rows = system.image_rows()
     named = next((one for one in (system.teacher, system.student) if _is_model(one)), None)
     size = getattr(config, "image_size", None) if system.teacher != DEMO else None
     size = system.image_size or (size if named is None and isinstance(size, int) else None)
@@ -435,17 +416,13 @@ def _user_images(system: VisionSystem, config: Any) -> _Found:
     name = None if named is None else named.removeprefix("new:").split(",")[0]
     processor = image_processor(name, image_size=size, channels=channels)
     process = pixels_of(processor)
-    # What is held out does not depend on the seed: no teacher of an earlier run has seen any of it.
-    order = torch.randperm(len(rows.train), generator=torch.Generator().manual_seed(0)).tolist()
-    held = max(1, round(system.validation * len(order)))
-    tested = 0 if rows.test is not None else max(1, round(system.test * len(order)))
-    if held + tested >= len(order):
-        raise DataError(f"{system.data}: {len(order)} images are too few to hold some out; give more")
+    shares = (system.validation, system.test if rows.test is None else 0.0)
+    selected, tested, trained = held_out(len(rows.train), shares, name=system.data)
     read = partial(rows.images, process=process, channels=channels)
-    test = rows.test if rows.test is not None else rows.train.select(order[held : held + tested])
-    train = read(rows.train.select(order[held + tested :]))
+    test = rows.test if rows.test is not None else rows.train.select(tested)
+    train = read(rows.train.select(trained))
     fields = {"num_channels": channels, "image_size": train.shape[-1]}
-    return _Found(train, read(rows.train.select(order[:held])), read(test), processor, fields)
+    return _Found(train, read(rows.train.select(selected)), read(test), processor, fields)
 
 
 def _is_model(spec: str) -> bool:

@@ -10,26 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import math
-import os
-import queue
-import random
-import re
-import threading
-import time
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from stillhouse.base.errors import ConfigError, Interrupted, RunError, StillhouseError, one_line, suggest
+from stillhouse.base.errors import ConfigError, Interrupted, RunError
 from stillhouse.base.files import locked
 from stillhouse.base.table import Column, Table
 from stillhouse.teachers.answers import Answer, AnswerStore, Request, Sampling, request_keys
+from stillhouse.teachers.client import Client, Refused, Retry, checked_url, key_in, side_by_side, streamed
 from stillhouse.teachers.schema import Schema
 
 FEATURES = {  # what a server may refuse -> words by which its refusal is known
@@ -37,27 +30,6 @@ FEATURES = {  # what a server may refuse -> words by which its refusal is known
     "response_format": ("response_format", "json_schema", "guided", "grammar", "structured"),
     "max_tokens": ("max_completion_tokens",),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retry:
-    """How often and how long to wait when a request fails for a reason that may pass.
-
-    The n-th wait is drawn between half and all of ``first * 2**n`` seconds, at most ``longest``; a server that says
-    ``Retry-After`` is obeyed, and stops the job if it says more than ``patience`` seconds. ``in_a_row`` requests that
-    fail for good, one after the other, end the job.
-    """
-
-    attempts: int = 6
-    first: float = 0.5
-    longest: float = 60.0
-    patience: float = 300.0
-    in_a_row: int = 20
-
-    def wait(self, attempt: int, asked: float | None) -> float:
-        """Seconds to wait after ``attempt`` (from 0), if the server asked for ``asked``."""
-        backoff = min(self.longest, self.first * 2**attempt) * random.uniform(0.5, 1.0)
-        return backoff if asked is None else asked + 0.1 * backoff
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +60,6 @@ class Budget:
         if self.tokens is not None and prompt_tokens + completion_tokens > self.tokens:
             return False
         return self.cost is None or (self.price(prompt_tokens, completion_tokens) or 0.0) <= self.cost
-
-
-class _Refused(Exception):
-    """An attempt that failed; ``again``: it may go better later, ``after`` so many seconds if the server said so."""
-
-    def __init__(self, message: str, *, again: bool = True, after: float | None = None, dead: bool = False) -> None:
-        super().__init__(message)
-        self.again, self.after, self.dead = again, after, dead
 
 
 class EndpointTeacher:
@@ -136,7 +100,7 @@ class EndpointTeacher:
         tokenizer: Any = None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.url, self.model = _checked_url(url), model
+        self.url, self.model = checked_url(url), model
         self.sampling = sampling or Sampling()
         self.schema = Schema(schema) if schema is not None else None
         self.re_asks = re_asks
@@ -148,7 +112,7 @@ class EndpointTeacher:
         self.store = store
         self.tokenizer = tokenizer
         self.say = say
-        _key(api_key_env)  # an unusable one is found before anything else is done
+        key_in(api_key_env)  # an unusable one is found before anything else is done
 
     def keyed(self, requests: Sequence[Request]) -> dict[str, Request]:
         """``key -> request``; equal requests fall together."""
@@ -239,30 +203,6 @@ class EndpointTeacher:
         return sum(4 + len(self.tokenizer.encode(text)) for text in texts) + 3
 
 
-def _checked_url(url: str) -> str:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        parts.port  # noqa: B018  raises if it is not a number
-    except ValueError:
-        parts = urllib.parse.urlsplit("")
-    if parts.username or parts.password:
-        raise ConfigError("endpoint: no user name or key in the URL (it would be written down); see api_key_env")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(
-            f"endpoint={url!r} is not the URL of an endpoint; expected something like http://HOST:8000/v1"
-        )
-    return url.rstrip("/")
-
-
-def _key(variable: str) -> str | None:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):  # perhaps the key itself: it is not repeated
-        raise ConfigError("api_key_env is not the name of an environment variable; put the key into one and name it")
-    key = os.environ.get(variable, "").strip()
-    if not key.isascii() or not key.isprintable():
-        raise ConfigError(f"the key in {variable} has characters that no key has; copy it again")
-    return key or None
-
-
 # -- one sitting ----------------------------------------------------------------------------------------------------
 
 
@@ -311,68 +251,38 @@ class _Session:
     teacher: EndpointTeacher
     store: AnswerStore | None
     kept: int
-    answered: int = 0
     failing: int = 0  # requests that failed for good since the last answer
     failed: dict[str, Answer] = field(default_factory=dict)
     lacks: set[str] = field(default_factory=set)
     out_of_budget: bool = False
-    resting_until: float = 0.0
 
     def __post_init__(self) -> None:
-        self.key = _key(self.teacher.api_key_env)
+        teacher = self.teacher
+        self.client = Client(
+            teacher.url,
+            teacher.model,
+            key_in(teacher.api_key_env),
+            teacher.retry,
+            teacher.timeout,
+            ending=lambda reason: RunError(f"{teacher.url}: {reason}; {self._so_far()}"),
+            so_far=self._so_far,
+            key_name=teacher.api_key_env,
+        )
         self.used = [self.store.prompt_tokens, self.store.completion_tokens] if self.store else [0, 0]
         self.reserved: dict[str, tuple[int, int]] = {}  # for requests on their way
         self.changed = asyncio.Condition()
 
-    # -- the bridge: an event loop in a thread, so that it does not matter whether the caller runs one (notebooks do)
-
     def stream(self, left: Mapping[str, Request]) -> Iterator[tuple[str, Answer]]:
         """Answers as they come in."""
-        out: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(self._work(left, out))
 
-        def work() -> None:
-            ending: BaseException | None = None
-            try:
-                loop.run_until_complete(task)
-            except BaseException as error:
-                ending = error
-            finally:
-                loop.close()
-                out.put(ending)
+        async def work(put: Callable[[Any], None]) -> None:
+            todo = iter(left.items())
+            async with self.client.open():
+                await side_by_side(lambda: self._worker(todo, put), min(self.teacher.concurrency, len(left)))
 
-        thread = threading.Thread(target=work, name="endpoint", daemon=True)
-        thread.start()
-        try:
-            while isinstance(item := out.get(), tuple):
-                yield item
-            if item is not None:
-                raise item
-        finally:
-            with contextlib.suppress(RuntimeError):  # the loop is closed already
-                loop.call_soon_threadsafe(task.cancel)
-            thread.join()
+        return streamed(work)
 
-    async def _work(self, left: Mapping[str, Request], out: queue.SimpleQueue[Any]) -> None:
-        import openai
-
-        teacher = self.teacher
-        self.openai = openai
-        todo = iter(left.items())
-        client = openai.AsyncOpenAI(
-            api_key=self.key or "none", base_url=teacher.url, max_retries=0, timeout=teacher.timeout
-        )
-        async with client as self.client:
-            workers = [asyncio.create_task(self._worker(todo, out)) for _ in range(min(teacher.concurrency, len(left)))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-
-    async def _worker(self, todo: Iterator[tuple[str, Request]], out: queue.SimpleQueue[Any]) -> None:
+    async def _worker(self, todo: Iterator[tuple[str, Request]], put: Callable[[Any], None]) -> None:
         for key, request in todo:
             if not await self._room(key, request):
                 return
@@ -385,13 +295,15 @@ class _Session:
             if self.store is not None:
                 self.store.add(key, answer)
             if answer.error is None:
-                self.answered, self.failing = self.answered + 1, 0
-                out.put((key, answer))
+                self.client.answered, self.failing = self.client.answered + 1, 0
+                put((key, answer))
             else:
                 self.failed[key] = answer
                 self.failing += 1
                 if self.failing >= self.teacher.retry.in_a_row:
-                    raise self._end(f"{self.failing} requests in a row failed for good; the last: {answer.error}")
+                    raise self.client.ending(
+                        f"{self.failing} requests in a row failed for good; the last: {answer.error}"
+                    )
             async with self.changed:
                 self.changed.notify_all()
 
@@ -432,31 +344,23 @@ class _Session:
         used = f"{sum(self.used):,} tokens" + (f", {cost:.4f} in money" if cost is not None else "")
         return (
             f"the budget of {' and '.join(limits)} does not hold another answer ({used} used); "
-            f"{self.kept + self.answered} of {total} answers are kept: run the same again with a larger budget to go on"
+            f"{self.kept + self.client.answered} of {total} answers are kept: run the same again with a larger budget "
+            "to go on"
         )
 
     # -- one request
 
     async def _answer(self, request: Request) -> Answer:
         """Ask until there is an answer that fits, or no hope left."""
-        teacher, retry = self.teacher, self.teacher.retry
+        teacher = self.teacher
         messages = [dict(message) for message in request.messages]
-        attempt = misfits = prompt_tokens = completion_tokens = 0
+        misfits = prompt_tokens = completion_tokens = 0
         estimated = False
         while True:
             try:
-                reply = await self._attempt(messages)
-            except _Refused as refused:
-                attempt += 1
-                if refused.again and attempt < retry.attempts:
-                    await self._rest(attempt - 1, refused.after)
-                    continue
-                tried = f" ({attempt} tries)" if attempt > 1 else ""
-                if refused.dead:
-                    raise self._end(f"{refused}{tried}") from None
-                return Answer(
-                    prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, error=f"{refused}{tried}"
-                )
+                reply = await self._reply(messages)
+            except Refused as refused:
+                return Answer(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, error=str(refused))
             choice = reply.choices[0]
             text = choice.message.content or ""
             if reply.usage is None:
@@ -469,7 +373,7 @@ class _Session:
             error = None
             if not text.strip():
                 error = f"refused: {choice.message.refusal}" if choice.message.refusal else "an empty answer"
-                error = self._clean(f"{error} (finish_reason {choice.finish_reason})")
+                error = self.client.clean(f"{error} (finish_reason {choice.finish_reason})")
             elif teacher.schema is not None:
                 text, problem = teacher.schema.read(text)
                 if problem and misfits < teacher.re_asks:
@@ -480,7 +384,7 @@ class _Session:
                         {"role": "user", "content": teacher.schema.complaint(problem)},
                     ]
                     continue
-                error = problem and self._clean(f"no valid answer in {misfits + 1} tries: {problem}")
+                error = problem and self.client.clean(f"no valid answer in {misfits + 1} tries: {problem}")
             return Answer(
                 text=None if error else text,
                 finish_reason=choice.finish_reason,
@@ -492,30 +396,18 @@ class _Session:
                 error=error,
             )
 
-    async def _attempt(self, messages: list[dict[str, str]]) -> _Reply:
-        """One try; raises `_Refused`, or a `StillhouseError` if the whole job is lost."""
-        while (wait := self.resting_until - time.monotonic()) > 0:
-            await asyncio.sleep(wait)
-        while True:
-            body = self._body(messages)
-            before = set(self.lacks)
-            try:
-                async with asyncio.timeout(self.teacher.timeout):
-                    raw = await self.client.chat.completions.with_raw_response.create(**body)
-                return _Reply.model_validate_json(raw.content)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(map(str, first["loc"])) or "JSON"
-                said = self._clean(raw.content[:80].decode(errors="replace"))
-                raise _Refused(f"the reply is no chat completion ({where}: {first['msg']}): {said}") from None
-            except (TimeoutError, self.openai.APITimeoutError) as error:
-                raise self._cut(error, f"no whole reply within {self.teacher.timeout:g} s") from None
-            except self.openai.APIConnectionError as error:
-                reason = self._clean(one_line(error.__cause__ or error))
-                raise self._cut(error, f"the connection was cut ({reason})") from None
-            except self.openai.APIStatusError as error:
-                if before == self.lacks and not self._does_without(error):
-                    raise await self._judged(error) from None
+    async def _reply(self, messages: list[dict[str, str]]) -> _Reply:
+        """What the endpoint says to ``messages``; what it turns out not to support is left out."""
+        before: set[str] = set()
+
+        async def send(line: Any) -> Any:
+            before.update(self.lacks)
+            return await line.chat.completions.with_raw_response.create(**self._body(messages))
+
+        def adapts(error: Any) -> bool:
+            return before != self.lacks or self._does_without(error)
+
+        return await self.client.reply(send, _Reply, adapts=adapts)
 
     def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         teacher, sampling = self.teacher, self.teacher.sampling
@@ -546,86 +438,16 @@ class _Session:
             if any(word in said for word in FEATURES[name]):
                 self.lacks.add(name)
                 if name != "max_tokens":
-                    self.teacher.say(f"the endpoint refuses {name}; going on without ({self._said(error)})")
+                    said = self.client.said(error)
+                    self.teacher.say(f"the endpoint refuses {name}; going on without ({said})")
                 return True
         return False
-
-    async def _judged(self, error: Any) -> Exception:
-        """What a reply with an error status means."""
-        status, said = error.status_code, self._said(error)
-        teacher = self.teacher
-        if status == 401:
-            known = (
-                f"refuses the key in {teacher.api_key_env}" if self.key else f"wants a key: set {teacher.api_key_env}"
-            )
-            return self._end(f"the endpoint {known} ({said})")
-        if status == 404 or error.code == "model_not_found":
-            return self._end(f"not found (404): {await self._what_is_there()}")
-        if error.code == "insufficient_quota":
-            return self._end(f"the account has no credit left ({said})")
-        if status in (408, 409, 425, 429) or status >= 500:
-            after = retry_after(error.response.headers)
-            if after is not None and after > teacher.retry.patience:
-                message = f"the endpoint asks to come back in {after:,.0f} s ({status})"
-                return Interrupted(f"{message}; {self._so_far()}")
-            return _Refused(f"status {status}: {said}", after=after)
-        return _Refused(f"status {status}: {said}", again=False)
-
-    async def _what_is_there(self) -> str:
-        teacher = self.teacher
-        try:
-            async with asyncio.timeout(min(10.0, teacher.timeout)):
-                models = [model.id for model in (await self.client.models.list()).data]
-        except Exception:
-            return f"is the URL right (most end in /v1), and is there a model {teacher.model!r}?"
-        if teacher.model in models:
-            return "the model is listed, but does not take chats; use one that does"
-        return f"the endpoint does not know the model {teacher.model!r}{suggest(teacher.model, models)}"
-
-    def _cut(self, error: BaseException, message: str) -> Exception:
-        """What a try without a reply means. If nobody listens, and nobody did before, waiting will not help."""
-        if type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout"):
-            return _Refused(message)
-        message = f"cannot connect ({self._clean(one_line(error.__cause__ or error))}); is the server running?"
-        return _Refused(message, dead=True) if self.answered else self._end(message)
-
-    async def _rest(self, attempt: int, asked: float | None) -> None:
-        wait = self.teacher.retry.wait(attempt, asked)
-        if asked is not None:  # the server means everybody
-            self.resting_until = max(self.resting_until, time.monotonic() + asked)
-        await asyncio.sleep(wait)
 
     # -- words
 
     def _so_far(self) -> str:
-        kept = self.kept + self.answered
+        kept = self.kept + self.client.answered
         return f"{kept} answers are kept; run the same again to go on" if kept else "nothing was answered"
-
-    def _end(self, message: str) -> StillhouseError:
-        return RunError(f"{self.teacher.url}: {message}; {self._so_far()}")
-
-    def _said(self, error: Any) -> str:
-        """What the server itself said of an error status."""
-        said = error.message.removeprefix(f"Error code: {error.status_code}").removeprefix(" - ")
-        return self._clean(said or error.response.text or "no more was said")
-
-    def _clean(self, text: object) -> str:
-        """Short, on one line, and without the key, which some servers repeat."""
-        line = " ".join(str(text).split())
-        return (line.replace(self.key, "***") if self.key else line)[:200]
-
-
-def retry_after(headers: Mapping[str, str], *, now: float | None = None) -> float | None:
-    """Seconds a server asks to wait (``Retry-After``, in seconds or as a date, or ``Retry-After-Ms``), if it does."""
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        value = headers.get(name, "")
-        with contextlib.suppress(ValueError):
-            seconds = float(value) * unit
-            return seconds if math.isfinite(seconds) and seconds >= 0 else None
-        with contextlib.suppress(ValueError, TypeError):
-            until = email.utils.parsedate_to_datetime(value).timestamp()
-            return max(0.0, until - (time.time() if now is None else now))
-    return None
 
 
 def _logprobs(choice: _Choice) -> list[dict[str, Any]] | None:

@@ -69,7 +69,7 @@ class AgentMemory(AgentSystem):
             "verbatim": [exchange.text for exchange in task.recall.exchanges],
             "distilled": [rows[key]["text"] if key in rows else "" for key in task.by_key],
         }
-        yield task.evaluation(texts, depth=self.depth, percentile=self.percentile, report=self.search)
+        yield from task.measured(texts, depth=self.depth, percentile=self.percentile, report=self.search)
 
     def store(self, task: AgentTask, written: Artifact, context: Context) -> tuple[Any, dict[str, Any]]:
         """The searchable memory, in the order of the conversations."""

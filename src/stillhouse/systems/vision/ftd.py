@@ -118,10 +118,7 @@ class FTD(CondensationSystem):
         images = from_parquet(condensed.data_file(), task.images.classes)
         rate = condensed.json("step_size.json")
         sets = {"condensed": (images, rate)} | ({"random": (real, self.network_lr)} if self.compare else {})
-        trained: dict[str, list[Artifact]] = {name: [] for name in sets}
-        for name, (data, lr) in sets.items():
-            for number in range(self.networks):
-                trained[name].append((yield task.train_on(f"{name}-{number}", data, lr=lr, number=number)))
+        trained = yield from task.networks(sets)
         sizes = {name: len(data) for name, (data, _) in sets.items()}
         way = {"steps": self.student_steps, "epochs": self.expert_epochs, "last": self.max_start + self.expert_epochs}
         errors = partial(task.trajectory_errors, experts, images, rate, rho=self.rho, **way)
