@@ -350,7 +350,7 @@ def test_a_pipeline_and_images_of_the_user(tmp_path):
     assert images.shape == (2, 8, 8, 3)
     assert math.isfinite(done.artifacts["evaluation"].metrics["student/frechet"])
     with pytest.raises(DataError, match="has samples"):
-        _prepare(tmp_path / "bad", teacher=str(tmp_path / "teacher"), data="glyphs")
+        _prepare(tmp_path / "bad", teacher=str(tmp_path / "teacher"), data="moons")
 
 
 def _prepare(folder: Path, **values: Any) -> DiffusionTask:

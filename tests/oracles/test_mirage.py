@@ -16,6 +16,7 @@ from stillhouse.base.errors import ConfigError, DataError
 from stillhouse.data.condensation.itemsets import frequent_itemsets, maximal_itemsets, support_of
 from stillhouse.data.condensation.trees import TreeTable, coverage
 from stillhouse.data.graphs import (
+    EMBEDDED_TEST,
     Graph,
     collate_graphs,
     from_parquet,
@@ -27,6 +28,7 @@ from stillhouse.data.graphs import (
 from stillhouse.metrics.ranking import macro_roc_auc, roc_auc
 from stillhouse.models.gnn import GNN
 from stillhouse.systems.graph.mirage import Mirage
+from stillhouse.tasks.graphs import EMBEDDED_VALIDATION, GraphTask
 from stillhouse.workflow import run_system
 
 
@@ -315,6 +317,69 @@ def test_a_file_that_is_not_there(tmp_path):
         load_graphs(str(tmp_path / "graph.jsonl"))
 
 
+@pytest.fixture(scope="module")
+def of_several(tmp_path_factory):
+    """Four networks of a kind, of which the best two by validation count; and each of the four by itself."""
+    folder = tmp_path_factory.mktemp("several")
+    fields = {"noise": 0.12, "support": (0.12,), "compare": ("mirage",), "architectures": ("gin",), "trackers": []}
+    fields |= {"steps": 12, "width": 8}
+    chosen = run_system("mirage", {**fields, "repeats": 4, "top": 2}, output=folder / "chosen", quiet=True)
+    every = run_system("mirage", {**fields, "repeats": 4, "top": 4}, output=folder / "every", quiet=True)
+    single = run_system("mirage", fields, output=folder / "single", quiet=True)
+    return chosen, every, single
+
+
+def test_the_best_of_several_networks_by_validation(of_several):
+    """Chosen by validation graphs, measured on test graphs: what an own loop over the saved networks gives."""
+    chosen, every, single = of_several
+    stages = ["gin-mirage", "gin-mirage-2", "gin-mirage-3", "gin-mirage-4"]
+    assert [name for name in chosen.artifacts if name.startswith("gin")] == stages
+    test, validation = molecules(EMBEDDED_TEST, noise=0.12), molecules(EMBEDDED_VALIDATION, noise=0.12, seed=10**6)
+
+    def auc(artifact, data):
+        shape = {"node_labels": data.node_labels, "edge_labels": data.edge_labels, "classes": data.classes}
+        net = artifact.load_into(GNN("gin", **shape, layers=2, width=8, dropout=0.0)).eval()
+        batch = collate_graphs(data.graphs)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            return macro_roc_auc(net(**batch).softmax(-1), labels)
+
+    worth = {name: auc(chosen.artifacts[name], validation) for name in stages}
+    found = {name: auc(chosen.artifacts[name], test) for name in stages}
+    best = sorted(stages, key=lambda name: -worth[name])[:2]
+    assert len(set(found.values())) > 2  # networks differ
+    figures = chosen.artifacts["evaluation"].metrics
+    own = torch.tensor([found[name] for name in best], dtype=torch.float64)
+    assert figures["mirage/gin/auc"] == pytest.approx(own.mean().item(), abs=1e-6)
+    assert figures["mirage/gin/auc_std"] == pytest.approx(own.std().item(), abs=1e-6)
+    everything = every.artifacts["evaluation"].metrics
+    assert everything["mirage/gin/auc"] == pytest.approx(sum(found.values()) / 4, abs=1e-6)
+    assert single.artifacts["evaluation"].metrics["mirage/gin/auc"] == pytest.approx(found["gin-mirage"], abs=1e-6)
+    assert "mirage/gin/auc_std" not in single.artifacts["evaluation"].metrics
+
+
+def test_validation_graphs_are_neither_trained_nor_tested_on(tmp_path):
+    rows = [
+        {"edge_index": graph.edges.tolist(), "node_feat": [[int(label)] for label in graph.nodes], "y": graph.label}
+        for graph in molecules(60, seed=2).graphs
+    ]
+    source = written(tmp_path / "mine.jsonl", rows)
+
+    def parts(**more):
+        task = GraphTask.prepare(Mirage.make(data=source, **more), None)
+        return task.train_data, task.validation_data, task.test_data
+
+    train, validation, test = parts(repeats=10, top=5)
+    assert (len(train), len(validation), len(test)) == (43, 5, 12)
+    kept = [{id(graph.nodes) for graph in data.graphs} for data in (train, validation, test)]
+    assert not (kept[0] & kept[1] or kept[0] & kept[2] or kept[1] & kept[2])
+    whole, none, same = parts(repeats=1, top=1)
+    assert (len(whole), none) == (48, None)
+    assert [graph.edges.tolist() for graph in same.graphs] == [graph.edges.tolist() for graph in test.graphs]
+    with pytest.raises(ConfigError, match="lower top"):
+        parts(repeats=2, top=5)
+
+
 def test_the_users_own_graphs_run_to_the_end(tmp_path):
     """Written as a user would, with named classes and two supports; the numbers of labels come from the file."""
     source = tmp_path / "mine.jsonl"
@@ -329,6 +394,7 @@ def test_the_users_own_graphs_run_to_the_end(tmp_path):
     source.write_text("\n".join(json.dumps(row) for row in rows))
     fields = {"data": str(source), "support": "6,0.2", "layers": 2, "sets": "maximal", "architectures": "gin"}
     fields |= {"compare": "mirage,full", "steps": 60, "width": 16, "dropout": 0.0, "trackers": []}
+    fields |= {"repeats": 1, "top": 1}
     done = run_system("mirage", fields, output=tmp_path / "run", quiet=True)
     figures = done.artifacts["evaluation"].metrics
     assert figures["mirage/smaller"] > 2 and figures["full/smaller"] == 1 and 0 <= figures["mirage/accuracy"] <= 1

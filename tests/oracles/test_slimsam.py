@@ -358,6 +358,17 @@ def test_the_criteria_choose_differently():
     assert len(set(kept)) == 3
 
 
+def test_what_a_cut_costs_is_measured_before_training(run):
+    """So that criteria are compared by what they leave: training moves the student's error, and not that of the cut."""
+    cut = {"alternate": False, "importance": "magnitude"}
+    short, long = (run(**cut, steps=steps).artifacts["evaluation"].metrics for steps in (1, 4))
+    assert short["pruned/embedding_mse"] == long["pruned/embedding_mse"] > 0
+    assert short["student/embedding_mse"] != short["pruned/embedding_mse"]
+    other = run(**{**cut, "importance": "random"}, steps=1).artifacts["evaluation"].metrics
+    assert other["pruned/embedding_mse"] != short["pruned/embedding_mse"]
+    assert other["student/parameters"] == pytest.approx(short["student/parameters"], rel=0.05)
+
+
 def test_the_table_and_its_picture(run):
     done = run()
     table = done.artifacts["evaluation"].table()

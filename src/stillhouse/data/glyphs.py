@@ -20,8 +20,10 @@ FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Italic", "
 LARGE = 48  # pixels of the drawing that small images are taken from
 
 
-def glyphs(split: str = "train", *, characters: str = "0123456789", size: int = 16, count: int = 4096) -> Images:
-    """``count`` images (1, size, size) in [0, 1], white on black; the labels are positions in ``characters``.
+def glyphs(
+    split: str = "train", *, characters: str = "0123456789", size: int = 16, count: int = 4096, channels: int = 1
+) -> Images:
+    """``count`` images (channels, size, size) in [0, 1], white on black; the labels are positions in ``characters``.
 
     Args:
         split: ``train``, ``selection`` or ``test``: other images of the same kind.
@@ -36,7 +38,8 @@ def glyphs(split: str = "train", *, characters: str = "0123456789", size: int = 
     # Sampled at four points a pixel and averaged: the drawing is finer than the image.
     points = F.affine_grid(theta_N23, [count, 1, 2 * size, 2 * size], align_corners=False)
     pixels = F.avg_pool2d(F.grid_sample(drawn, points, align_corners=False), 2)
-    return Images(pixels.clamp(0, 1), labels_N, tuple(characters), f"glyphs/{split}")
+    pixels = pixels.clamp(0, 1).expand(-1, channels, -1, -1)
+    return Images(pixels, labels_N, tuple(characters), f"glyphs/{split}")
 
 
 def _affine(u_N5: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class NoisyBatches:
         draw: ``draw(count, generator)`` gives data and their classes.
         levels: name -> the part of the schedule that its times are drawn from, evenly, as two fractions; or a function
             ``(count, generator) -> times``.
-        classes: classes of generated samples are drawn evenly from so many.
+        classes: classes of generated samples are drawn evenly from so many,
+        first_class: beginning with this one.
         steps: S. ``step`` is the same in all processes of a job, which then do the same number of forwards.
         noised_data: the generator's inputs are noised data (of the same classes) in place of its own samples.
         drop_label: share of ``real_labels`` replaced by ``null_class``, for guidance.
@@ -38,6 +39,7 @@ class NoisyBatches:
         batch_size: int,
         levels: Mapping[str, tuple[float, float] | Callable[[int, torch.Generator], Tensor]],
         classes: int = 1,
+        first_class: int = 0,
         steps: int = 1,
         noised_data: bool = False,
         drop_label: float = 0.0,
@@ -48,7 +50,7 @@ class NoisyBatches:
         self.process = process
         self.batch_size = batch_size
         self.levels = dict(levels)
-        self.classes, self.steps = classes, steps
+        self.classes, self.first_class, self.steps = classes, first_class, steps
         self.noised_data = noised_data
         self.drop_label, self.null_class = drop_label, null_class
         self.epoch = 0
@@ -72,7 +74,7 @@ class NoisyBatches:
         batch = {
             "real": real,
             "real_labels": labels_B.masked_fill(dropped_B, self.null_class),
-            "class_labels": torch.randint(self.classes, (count,), generator=generator),
+            "class_labels": self.first_class + torch.randint(self.classes, (count,), generator=generator),
             "noise": torch.randn(count, self.steps, *real.shape[1:], generator=generator),
             "step": step,
         }

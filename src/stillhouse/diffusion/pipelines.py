@@ -1,11 +1,13 @@
 """Denoisers as ``diffusers`` directories: read from any pipeline with a U-Net and a scheduler, written as one.
 
 What is written loads with ``DiffusionPipeline.from_pretrained``, as a `ConsistencyModelPipeline`: the one in
-``diffusers`` that samples with any scheduler, in any number of steps, with or without classes.
+``diffusers`` that samples with any scheduler, in any number of steps, with or without classes. A network that came out
+of a pipeline with more in it (text encoders, an autoencoder) is written in that pipeline.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.base.errors import ModelError, near, one_line
-from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.conditions import Classes, Conditions, Prompts
+from stillhouse.diffusion.denoiser import Denoiser, Home
 from stillhouse.diffusion.parameterisations import EDM, Epsilon, FlowVelocity, Parameterisation, Sample, V
 from stillhouse.diffusion.processes import DiscreteVP, Karras, Process, RectifiedFlow
+from stillhouse.diffusion.spaces import Latents
 
 PREDICTIONS: dict[str, Parameterisation] = {"epsilon": Epsilon(), "sample": Sample(), "v_prediction": V()}
 
 
-def load_denoiser(name: str) -> Denoiser:
+def load_denoiser(name: str, *, like: Denoiser | None = None) -> Denoiser:
     """A denoiser from a ``diffusers`` directory or hub id: a pipeline with ``unet`` and ``scheduler``.
+
+    Args:
+        like: one whose conditions, space and home it gets: it was a copy of that one.
 
     Raises:
         ModelError: one line that says what is wrong, where, and what to do.
@@ -41,18 +48,42 @@ def load_denoiser(name: str) -> Denoiser:
         raise ModelError(
             f"{name}: cannot be loaded as a diffusers pipeline ({one_line(error)}){near(path) or '; check its files'}"
         ) from error
-    net = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    if net is None or getattr(pipeline, "scheduler", None) is None:
+    place = next((one for one in ("unet", "transformer") if getattr(pipeline, one, None) is not None), None)
+    if place is None or getattr(pipeline, "scheduler", None) is None:
         raise ModelError(
             f"{name}: its {type(pipeline).__name__} has no unet and scheduler; use a pipeline that has both"
         )
-    if hasattr(net.config, "cross_attention_dim") and net.config.cross_attention_dim:
-        raise ModelError(
-            f"{name}: its {type(net).__name__} is conditioned on text; use one without a condition or with classes "
-            "(UNet2DModel)"
-        )
+    net = getattr(pipeline, place)
+    vae = getattr(pipeline, "vae", None)
     process, parameterisation = read_scheduler(pipeline.scheduler, name=name)
-    return Denoiser(net.float(), process, parameterisation).eval()
+    if like is not None:
+        return Denoiser(net.float(), process, parameterisation, **like.surroundings()).eval()
+    conditions = _conditions(pipeline, net, name)
+    own = vae is not None or isinstance(conditions, Prompts)
+    return Denoiser(
+        net.float(),
+        process,
+        parameterisation,
+        conditions=conditions,
+        space=None if vae is None else Latents(vae),
+        home=Home(pipeline, place) if own else None,
+    ).eval()
+
+
+def _conditions(pipeline: Any, net: Any, name: str) -> Conditions:
+    """What the network of a pipeline is conditioned on."""
+    config = net.config
+    if config.get("cross_attention_dim") is None:
+        rows = config.get("num_embeds_ada_norm") if type(net).__name__.startswith("DiT") else None
+        return Classes(config.get("num_class_embeds") or (0 if rows is None else rows + 1))
+    extra = config.get("addition_embed_type")
+    known = type(net).__name__ in ("UNet2DConditionModel", "PixArtTransformer2DModel") and extra in (None, "text_time")
+    if not known or not hasattr(pipeline, "encode_prompt") or getattr(pipeline, "tokenizer", None) is None:
+        raise ModelError(
+            f"{name}: its {type(pipeline).__name__} is conditioned in a way that is not understood; use one without a "
+            "condition, with classes, or with text as in Stable Diffusion, Stable Diffusion XL or PixArt"
+        )
+    return Prompts(pipeline, net)
 
 
 @contextmanager
@@ -135,8 +166,13 @@ def save_pipeline(denoiser: Denoiser, folder: Path, *, times: Sequence[float] | 
     """Write a denoiser (with ``times``: a few-step generator) as a pipeline; ``few_step.json`` holds the times."""
     from diffusers import ConsistencyModelPipeline
 
+    scheduler = write_scheduler(denoiser, times=times)
     with _quiet():
-        pipeline = ConsistencyModelPipeline(unet=denoiser.net, scheduler=write_scheduler(denoiser, times=times))
+        if denoiser.home is None:
+            pipeline = ConsistencyModelPipeline(unet=denoiser.net, scheduler=scheduler)
+        else:
+            pipeline = copy.copy(denoiser.home.pipeline)
+            pipeline.register_modules(**{denoiser.home.place: denoiser.net, "scheduler": scheduler})
         pipeline.save_pretrained(folder)
     if times is not None:
         (folder / "few_step.json").write_text(json.dumps({"times": list(times)}), encoding="utf-8")

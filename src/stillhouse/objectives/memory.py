@@ -29,6 +29,26 @@ class ByEpoch(Schedule):
         return self.end * min(1.0, (progress.epoch + 1) / self.epochs)
 
 
+@dataclass(frozen=True)
+class FromSecondEpoch(Schedule):
+    """Another schedule, but 0 in the first pass over the data, in which there is no past opinion."""
+
+    later: Schedule
+
+    def __call__(self, progress: Progress) -> float:
+        return self.later(progress) if progress.epoch else 0.0
+
+
+@dataclass(frozen=True)
+class Rest(Schedule):
+    """1 less another schedule."""
+
+    other: Schedule
+
+    def __call__(self, progress: Progress) -> float:
+        return 1.0 - self.other(progress)
+
+
 class PredictionMemory(nn.Module):
     """The last probabilities a model gave each sample of a training set, by the sample's index; saved with the run.
 
@@ -55,18 +75,41 @@ class PredictionMemory(nn.Module):
     @torch.no_grad()
     def remember(self, index_B: Tensor, probabilities_BV: Tensor) -> None:
         """Replace what is remembered of these samples."""
-        index_B, probabilities_BV = _of_all_processes(index_B), _of_all_processes(probabilities_BV.to(self.table.dtype))
+        index_B, probabilities_BV = of_all_processes(index_B), of_all_processes(probabilities_BV.to(self.table.dtype))
         self.table[index_B] = probabilities_BV
         self.seen[index_B] = True
 
 
-def _of_all_processes(tensor_B: Tensor) -> Tensor:
+def of_all_processes(tensor_B: Tensor) -> Tensor:
     """The rows of all processes, in the order of their ranks; each process has as many."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensor_B
     pieces = [torch.empty_like(tensor_B) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(pieces, tensor_B.contiguous())
     return torch.cat(pieces)
+
+
+class Snapshot(nn.Module):
+    """A frozen copy of a model, renewed at the beginning of every pass over the data; saved with the run.
+
+    Args:
+        model: its weights stay its player's.
+    """
+
+    begun: Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = [model]  # in a list: no part of this one
+        self.module = copy.deepcopy(model)
+        self.observed = Observed(self.module, frozen=True, name="snapshot")
+        self.register_buffer("begun", torch.zeros((), dtype=torch.int64))  # the epoch the snapshot is for
+
+    def follow(self, progress: Progress) -> None:
+        """Become what the model is now, if a pass has ended since."""
+        if progress.epoch > int(self.begun):
+            self.begun.fill_(progress.epoch)
+            self.module.load_state_dict(self.model[0].state_dict())
 
 
 class RefinedTargets(Term):
@@ -131,8 +174,6 @@ class SnapshotTargets(RefinedTargets):
     the term and is saved with the run.
     """
 
-    begun: Tensor
-
     def __init__(
         self,
         student: Observed,
@@ -142,17 +183,14 @@ class SnapshotTargets(RefinedTargets):
         label_smoothing: float = 0.0,
         name: str = "PSKD",
     ) -> None:
-        snapshot = Observed(copy.deepcopy(student.module), frozen=True, name="snapshot")
-        now, before = student.output(output), snapshot.output(output).detach()
+        past = Snapshot(student.module)
+        now, before = student.output(output), past.observed.output(output).detach()
         super().__init__(alpha=alpha, label_smoothing=label_smoothing, name=name, student=now, before=before)
-        self.student = [student.module]  # in a list: its weights are the player's, not this term's
-        self.snapshot = snapshot.module
-        self.register_buffer("begun", torch.zeros((), dtype=torch.int64))  # the epoch the snapshot is for
+        self.past = past
 
     def evaluate(self, turn: Turn, batch: Batch, progress: Progress) -> list[TermValue]:
-        if self.training and progress.epoch > int(self.begun):
-            self.begun.fill_(progress.epoch)
-            self.snapshot.load_state_dict(self.student[0].state_dict())
+        if self.training:
+            self.past.follow(progress)
         return super().evaluate(turn, batch, progress)
 
     def compute(self, *, student: Tensor, before: Tensor, batch: Batch, progress: Progress, **_: Any) -> Tensor:

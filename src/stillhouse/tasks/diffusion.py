@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,12 +22,12 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from stillhouse.base.errors import ConfigError, DataError
+from stillhouse.base.errors import ConfigError, DataError, one_line
 from stillhouse.base.table import Column, Table
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.ema import EMA
 from stillhouse.core.objective import Objective
-from stillhouse.core.observed import Observed
+from stillhouse.core.observed import Observed, Signal, View
 from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
 from stillhouse.core.schedule import cosine, linear
@@ -36,6 +37,7 @@ from stillhouse.core.train import Train
 from stillhouse.data.densities import MAKERS, Density, density
 from stillhouse.data.glyphs import glyphs
 from stillhouse.data.images import Images, load_images
+from stillhouse.data.text import load_text
 from stillhouse.diffusion.batches import DrawData, NoisyBatches
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.guidance import ClassifierFreeGuidance
@@ -43,6 +45,7 @@ from stillhouse.diffusion.parameterisations import V
 from stillhouse.diffusion.pipelines import load_denoiser, save_pipeline
 from stillhouse.diffusion.processes import DiscreteVP
 from stillhouse.diffusion.samplers import FewStepGenerator, OdeSampler, ddim
+from stillhouse.diffusion.spaces import Pixels, Space
 from stillhouse.metrics.generative import (
     energy_distance,
     frechet_distance,
@@ -51,6 +54,7 @@ from stillhouse.metrics.generative import (
     sliced_wasserstein,
 )
 from stillhouse.models.discriminators import FeatureDiscriminator
+from stillhouse.models.lora import ADAPTER, add_lora, has_lora, load_lora, merged, save_lora
 from stillhouse.objectives.diffusion import Denoising, SampleMSE, at_noise
 from stillhouse.tasks.pictures import sample_picture
 
@@ -66,8 +70,8 @@ class DiffusionSystem(System):
 
     teacher: Annotated[
         str,
-        "directory or hub id of a diffusers pipeline (UNet2DModel and scheduler); 'demo': a small one, trained once on "
-        "the data; 'demo:NAME': trained on other embedded data",
+        "directory or hub id of a diffusers pipeline: network and scheduler, perhaps text encoders and autoencoder; "
+        "'demo': a small one, trained once on the data; 'demo:NAME': trained on other embedded data",
     ] = DEMO
     data: Annotated[
         str,
@@ -76,12 +80,21 @@ class DiffusionSystem(System):
     ] = "eight-gaussians"
     split: Annotated[str, "split of a data set"] = "train"
     image_field: Annotated[str | None, "column with the images; found by itself by default"] = None
-    label_field: Annotated[str | None, "column with the classes; found by itself by default"] = None
+    label_field: Annotated[
+        str | None, "column with the classes (for a teacher that reads: captions); found by itself by default"
+    ] = None
+    prompts: Annotated[
+        str | None,
+        "text to generate from, for a teacher that reads: .txt with one a line, .jsonl or .parquet with a column text; "
+        "by default the names of the data's classes",
+    ] = None
     demo_steps: Annotated[
         int | None, "steps the embedded teacher is trained for; by default enough to sample well", Ge(1)
     ] = None
     guidance: Annotated[float, "classifier-free guidance of the teacher; 1 is none", Ge(0)] = 1.0
-    null_class: Annotated[int | None, "the label that means no class; by default the one after the last", Ge(0)] = None
+    null_class: Annotated[
+        int | None, "the label that means no class; by default the one after the last (of texts: the empty one)", Ge(0)
+    ] = None
     steps: Annotated[int, "steps of the main training", Ge(1)] = 100_000
     batch_size: Annotated[int, "samples in a batch, all processes together", Ge(1)] = 256
     lr: Annotated[float, "learning rate of AdamW", Gt(0)] = 1e-4
@@ -104,14 +117,18 @@ class DiffusionSystem(System):
 
 @dataclass(eq=False)
 class GenerativeData:
-    """Data to model: how to draw them, and some held out."""
+    """Data to model: how to draw them, and some held out; ``names`` are those of the classes."""
 
     name: str
     draw: DrawData
-    classes: int
+    names: tuple[str, ...]
     held_out: Tensor
     fingerprint: str
     density: Density | None = None
+
+    @property
+    def classes(self) -> int:
+        return len(self.names)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,12 +138,16 @@ class GenerativeData:
 
 @dataclass
 class DiffusionTask:
-    """What a diffusion system works with, once its fields have been turned into objects."""
+    """What a diffusion system works with, once its fields have been turned into objects.
+
+    ``generated`` are the conditions that samples are generated for: the first one, and how many.
+    """
 
     system: DiffusionSystem
     run: Run
     teacher: Denoiser
     data: GenerativeData
+    generated: tuple[int, int]
 
     @staticmethod
     def prepare(system: DiffusionSystem, run: Run) -> Generator[Stage, Artifact, DiffusionTask]:
@@ -141,7 +162,10 @@ class DiffusionTask:
             teacher = yield from _demo_teacher(_embedded(taught or system.data), run, system.demo_steps)
         else:
             teacher = load_denoiser(system.teacher)
-        data = _data(system, teacher.shape)
+        teacher.space.to(run.fabric.device)
+        data = _data(system, teacher)
+        prompts = () if system.prompts is None else read_prompts(system.prompts)
+        teacher.conditions = teacher.conditions.of(data.names, prompts)
         if data.shape != teacher.shape:
             raise DataError(
                 f"data={system.data} has samples {data.shape}, the teacher makes {teacher.shape}; use data it fits"
@@ -150,7 +174,8 @@ class DiffusionTask:
             raise DataError(
                 f"data={system.data} has {data.classes} classes, the teacher knows {teacher.classes}; use data it fits"
             )
-        return DiffusionTask(system, run, teacher, data)
+        generated = (data.classes, len(prompts)) if prompts else (0, data.classes)
+        return DiffusionTask(system, run, teacher, data, generated)
 
     # -- models -----------------------------------------------------------------------------------------------------
 
@@ -165,7 +190,8 @@ class DiffusionTask:
             if scale != 1.0:
                 raise ConfigError(f"guidance={scale}: the teacher takes no class; set guidance=1")
             return self.teacher
-        null = self.data.classes if self.system.null_class is None else self.system.null_class
+        null = self.system.null_class
+        null = self.teacher.conditions.null(self.data.classes) if null is None else null
         if null >= self.teacher.classes:
             raise ConfigError(
                 f"guidance={scale}: the teacher has no class {null} that could mean none (it has 0 to "
@@ -178,41 +204,62 @@ class DiffusionTask:
         return Observed(self.guided_teacher(), frozen=True, name="teacher")
 
     def new_generator(
-        self, steps: int, *, first_timestep: int | None = None, before: Artifact | None = None
+        self,
+        steps: int,
+        *,
+        first_timestep: int | None = None,
+        before: Artifact | None = None,
+        lora: tuple[int, float] | None = None,
     ) -> FewStepGenerator:
         """A student: a copy of the teacher, or of what an earlier stage made of it.
 
         Args:
             steps: network calls for a sample.
             first_timestep: the time that a student of one step is told; by default the noisiest.
+            lora: the teacher's weights stay, and adapters of this rank and alpha (`add_lora`) are the student's.
         """
         times = self.teacher.process.few_step_times(steps)
         if first_timestep is not None:
             if steps > 1:
                 raise ConfigError("first_timestep is for students of one step; set student_steps=1")
             times = torch.full_like(times, first_timestep)
-        denoiser = self.copy_of_teacher() if before is None else load_denoiser(str(before.path))
+        if lora is not None:
+            denoiser = self.copy_of_teacher()
+            add_lora(denoiser.net, rank=lora[0], alpha=lora[1], seed=self.system.seed)
+            if before is not None and (before.path / ADAPTER).exists():
+                load_lora(denoiser.net, before.path)
+        else:
+            denoiser = self.copy_of_teacher() if before is None else self.load(before.path)
         return FewStepGenerator(denoiser.train(), times)
+
+    def load(self, folder: Path) -> Denoiser:
+        """A denoiser that a stage left; it has the teacher's conditions and space."""
+        return load_denoiser(str(folder), like=self.teacher)
 
     def new_critic(self, before: Artifact | None = None) -> Denoiser:
         """A critic: a copy of the teacher, or the one an earlier stage left beside its generator."""
         saved = None if before is None else before.path / CRITIC
-        return self.copy_of_teacher() if saved is None or not saved.exists() else load_denoiser(str(saved)).train()
+        return self.copy_of_teacher() if saved is None or not saved.exists() else self.load(saved).train()
 
-    def discriminator(self, denoiser: Denoiser, features: str) -> FeatureDiscriminator:
-        """A new discriminator for the features that a denoiser has at the path ``features``."""
+    def features(self, view: Observed | View) -> Signal:
+        """What an observed denoiser sees, as a map (B, C, H, W): its network's middle."""
+        module: Any = view.observed.module if isinstance(view, View) else view.module
+        return view.tap(module.features).map(as_map)
+
+    def discriminator(self, denoiser: Denoiser) -> FeatureDiscriminator:
+        """A new discriminator for the `features` of a denoiser."""
         example = {
             "sample": torch.zeros(1, *self.data.shape),
             "timestep": self.teacher.process.few_step_times(1),
             "class_labels": torch.zeros(1, dtype=torch.long),
         }
         with torch.no_grad():
-            _, channels, size, _ = Observed(denoiser).tap(features)(example).shape
+            _, channels, size, _ = self.features(Observed(denoiser))(example).shape
         return FeatureDiscriminator(channels, size)
 
     def load_generator(self, artifact: Artifact) -> FewStepGenerator:
         """The few-step generator a stage left."""
-        return load_generator(artifact.path).to(self.run.fabric.device)
+        return load_generator(artifact.path, like=self.teacher).to(self.run.fabric.device)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -273,7 +320,8 @@ class DiffusionTask:
             self.teacher.process,
             batch_size=self.system.batch_size,
             levels=levels,
-            classes=self.data.classes,
+            first_class=self.generated[0],
+            classes=self.generated[1],
             steps=steps,
             noised_data=noised_data,
             seed=self.system.seed,
@@ -287,7 +335,7 @@ class DiffusionTask:
 
         def sample(size: int, random: torch.Generator) -> Tensor:
             noise = torch.randn(size, steps, *self.data.shape, generator=random)
-            labels = torch.randint(self.data.classes, (size,), generator=random)
+            labels = self._conditions(size, random)
             device = self.run.fabric.device
             return generator.sample(noise.to(device), labels.to(device))
 
@@ -301,10 +349,14 @@ class DiffusionTask:
         @torch.no_grad()
         def sample(size: int, random: torch.Generator) -> Tensor:
             noise = process.prior_std * torch.randn(size, *self.data.shape, generator=random)
-            labels = torch.randint(self.data.classes, (size,), generator=random).to(self.run.fabric.device)
+            labels = self._conditions(size, random).to(self.run.fabric.device)
             return ddim(lambda x, t: teacher(x, t, labels), noise.to(self.run.fabric.device), times, process)
 
         return _in_chunks(sample, count or self.system.eval_samples, seed)
+
+    def _conditions(self, size: int, random: torch.Generator) -> Tensor:
+        first, count = self.generated
+        return first + torch.randint(count, (size,), generator=random)
 
     def figures(self, samples: Tensor) -> dict[str, float]:
         """Distances of samples to held-out data; for densities with modes, what became of them."""
@@ -341,7 +393,9 @@ class DiffusionTask:
             f"{self.system.eval_samples:,} samples against {len(self.data.held_out):,} held out of {self.data.name}; "
             "the row 'data' is other real data: what a perfect model would get."
         ]
-        return Table("Samples", columns, rows, notes), {"samples.svg": sample_picture(samples)}
+        return Table("Samples", columns, rows, notes), {
+            "samples.svg": sample_picture({name: self.teacher.space.shown(found) for name, found in samples.items()})
+        }
 
 
 COLUMNS = [
@@ -356,14 +410,27 @@ COLUMNS = [
 
 
 def save_generator(generator: FewStepGenerator, folder: Path) -> None:
-    """Write a few-step generator as a ``diffusers`` pipeline."""
-    save_pipeline(generator.denoiser, folder, times=generator.times)
+    """Write a few-step generator as a ``diffusers`` pipeline; adapters, if it has some, are merged and lie beside."""
+    own = generator.denoiser
+    net = merged(own.net) if has_lora(own.net) else own.net
+    denoiser = Denoiser(net, own.process, own.parameterisation, **own.surroundings())
+    save_pipeline(denoiser, folder, times=generator.times)
+    if has_lora(own.net):
+        save_lora(own.net, folder)
 
 
-def load_generator(folder: Path) -> FewStepGenerator:
-    """The few-step generator that `save_generator` wrote."""
+def load_generator(folder: Path, *, like: Denoiser | None = None) -> FewStepGenerator:
+    """The few-step generator that `save_generator` wrote; for ``like`` see `load_denoiser`."""
     times = json.loads((folder / "few_step.json").read_text(encoding="utf-8"))["times"]
-    return FewStepGenerator(load_denoiser(str(folder)), torch.tensor(times)).eval()
+    return FewStepGenerator(load_denoiser(str(folder), like=like), torch.tensor(times)).eval()
+
+
+def as_map(features: Tensor) -> Tensor:
+    """Features as a map (B, C, H, W): tokens (B, N, C) stand row by row in a square."""
+    if features.ndim == 4:
+        return features
+    side = math.isqrt(features.shape[1])
+    return features.transpose(1, 2).unflatten(2, (side, side))
 
 
 def _in_chunks(sample: Sampler, count: int, seed: int, *, chunk: int = 1024) -> Tensor:
@@ -375,11 +442,26 @@ def _in_chunks(sample: Sampler, count: int, seed: int, *, chunk: int = 1024) -> 
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def _data(system: DiffusionSystem, shape: tuple[int, int, int]) -> GenerativeData:
-    if system.data in (*MAKERS, GLYPHS):
+def read_prompts(source: str) -> tuple[str, ...]:
+    """Texts of a file: of ``.txt`` every line that is not empty, of others every document."""
+    if Path(source).suffix.lower() != ".txt":
+        return tuple(load_text(source).documents["text"])
+    try:
+        lines = Path(source).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompts={source}: cannot be read ({one_line(error)}); check the path") from error
+    if not (found := tuple(line.strip() for line in lines if line.strip())):
+        raise DataError(f"prompts={source}: no prompt in it; write one a line")
+    return found
+
+
+def _data(system: DiffusionSystem, teacher: Denoiser) -> GenerativeData:
+    if system.data in MAKERS:
         return _embedded(system.data)
+    channels, height, width = teacher.space.image_shape(teacher.shape)
+    if system.data == GLYPHS:
+        return _of_glyphs(teacher.space, size=height, channels=channels)
     rows = load_images(system.data, split=system.split, image_field=system.image_field, label_field=system.label_field)
-    channels, height, width = shape
 
     def process(images: list[Any]) -> Tensor:
         import numpy as np
@@ -389,12 +471,12 @@ def _data(system: DiffusionSystem, shape: tuple[int, int, int]) -> GenerativeDat
 
     train = rows.images(rows.train, process, channels)
     test = train if rows.test is None else rows.images(rows.test, process, channels)
-    return _of_images(system.data, train, test)
+    return _of_images(system.data, train, test, teacher.space)
 
 
 def _embedded(name: str) -> GenerativeData:
     if name == GLYPHS:
-        return _of_images(name, glyphs("train"), glyphs("test", count=4096))
+        return _of_glyphs(Pixels())
     known = density(name)
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -402,18 +484,25 @@ def _embedded(name: str) -> GenerativeData:
         return points[:, :, None, None], labels
 
     held_out, _ = draw(4096, torch.Generator().manual_seed(123_456))
-    return GenerativeData(name, draw, known.classes, held_out, f"density 1 {name}", known)
+    names = tuple(map(str, range(known.classes)))
+    return GenerativeData(name, draw, names, held_out, f"density 1 {name}", known)
 
 
-def _of_images(name: str, train: Images, test: Images) -> GenerativeData:
-    """Images in [0, 1] become samples in [-1, 1], drawn with replacement."""
+def _of_glyphs(space: Space, *, size: int = 16, channels: int = 1) -> GenerativeData:
+    """Glyphs at the size (and with the channels) that the teacher's images have."""
+    train, test = (glyphs(split, size=size, channels=channels) for split in ("train", "test"))
+    return _of_images(GLYPHS, train, test, space)
+
+
+def _of_images(name: str, train: Images, test: Images, space: Space) -> GenerativeData:
+    """Images in [0, 1], drawn with replacement, become images in [-1, 1], and these samples."""
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         batch = train[torch.randint(len(train), (count,), generator=generator).tolist()]
-        return 2 * batch["pixel_values"] - 1, batch["labels"]
+        return space.encode(2 * batch["pixel_values"] - 1, generator), batch["labels"]
 
-    held_out = 2 * test[list(range(min(4096, len(test))))]["pixel_values"] - 1
-    return GenerativeData(name, draw, len(train.classes), held_out, f"images 1 {train.fingerprint()}")
+    held_out = space.encode(2 * test[list(range(min(4096, len(test))))]["pixel_values"] - 1)
+    return GenerativeData(name, draw, train.classes, held_out, f"images 1 {train.fingerprint()}")
 
 
 # -- the embedded teachers --------------------------------------------------------------------------------------------
@@ -499,7 +588,8 @@ def _demo_teacher(data: GenerativeData, run: Run, steps: int | None) -> Generato
         cache={
             **asdict(recipe),
             "data": data.fingerprint,
-            "net": dict(net.config),
+            # diffusers notes which values were defaults, in an order that changes from process to process.
+            "net": {key: value for key, value in net.config.items() if not key.startswith("_")},
         },
     )
     return load_denoiser(str(trained.path))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -35,7 +36,10 @@ from stillhouse.objectives.logits import CrossEntropy
 
 DEMO = "demo"
 EVALUATION_BATCH = 256
+EMBEDDED_VALIDATION = 200  # graphs
 Reference = Literal["random", "one per class", "full"]
+Trained = dict[tuple[str, Architecture], list[Artifact]]
+"""(name of the set, architecture) -> the networks that were trained."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +50,12 @@ class GraphSystem(System):
     split: Annotated[str, "split that is trained on"] = "train"
     test_split: Annotated[str | None, "split that is measured on; none: a part of the training split"] = None
     test: Annotated[float, "share of the graphs that is measured on where there is no test split", Gt(0), Lt(1)] = 0.2
+    validation_split: Annotated[
+        str | None, "split that networks are chosen by where top < repeats; none: a part of the training split"
+    ] = None
+    validation: Annotated[float, "share of the training graphs for that where there is no split", Gt(0), Lt(1)] = 0.1
+    repeats: Annotated[int, "networks of every kind that are trained on every set", Ge(1)] = 10
+    top: Annotated[int, "of them the figures are the mean over so many, the best by validation ROC-AUC", Ge(1)] = 5
     label_field: Annotated[str, "column that holds the class"] = "y"
     bins: Annotated[int | None, "make labels of features that are not whole numbers, in so many bins", Ge(2)] = None
     noise: Annotated[float, "on the demo graphs: share of the atoms replaced by others", Ge(0), Le(1)] = 0.0
@@ -73,6 +83,8 @@ class GraphSystem(System):
         "steps": 200,
         "lr": 5e-3,
         "weight_decay": 0.0,
+        "repeats": 1,
+        "top": 1,
     }
     smoke: ClassVar[dict[str, Any]] = {"steps": 12, "width": 8}
 
@@ -82,38 +94,47 @@ class GraphSystem(System):
 
 @dataclass
 class GraphTask:
-    """What a system on graphs works with."""
+    """What a system on graphs works with; ``validation_data`` only where networks are chosen by it."""
 
     system: GraphSystem
     run: Run
     train_data: GraphData
     test_data: GraphData
+    validation_data: GraphData | None = None
 
     @staticmethod
     def prepare(system: GraphSystem, run: Run) -> GraphTask:
         """Read or make the graphs; the test graphs of the embedded task do not depend on the seed."""
+        chosen = system.top < system.repeats
+        if system.top > system.repeats:
+            raise ConfigError(
+                f"top={system.top}: there are {system.repeats} networks of a kind; lower top or raise repeats"
+            )
         if system.data == DEMO:
             train = molecules(EMBEDDED_TRAIN, noise=system.noise, seed=1 + system.seed)
-            return GraphTask(system, run, train, molecules(EMBEDDED_TEST, noise=system.noise, seed=0))
-        splits = [system.split] if system.test_split is None else [system.split, system.test_split]
-        found = load_graphs(system.data, splits=splits, bins=system.bins, label_field=system.label_field)
-        if len(found) == 2:
-            return GraphTask(system, run, *found)
-        order = random.Random(0).sample(range(len(found[0])), len(found[0]))
-        held_out = max(1, round(system.test * len(order)))
-        if held_out >= len(order):
-            raise ConfigError(f"data={system.data!r}: {len(order)} graph(s) cannot be divided; give more")
-        return GraphTask(system, run, found[0].take(order[held_out:]), found[0].take(order[:held_out]))
+            validation = molecules(EMBEDDED_VALIDATION, noise=system.noise, seed=10**6) if chosen else None
+            return GraphTask(system, run, train, molecules(EMBEDDED_TEST, noise=system.noise, seed=0), validation)
+        named = {"train": system.split, "test": system.test_split}
+        named |= {"validation": system.validation_split} if chosen else {}
+        splits = {part: split for part, split in named.items() if split is not None}
+        read = load_graphs(system.data, splits=list(splits.values()), bins=system.bins, label_field=system.label_field)
+        found = dict(zip(splits, read, strict=True))
+        for part, share in (("test", system.test), ("validation", system.validation)):
+            if part in named and part not in found:
+                found["train"], found[part] = _divided(system.data, found["train"], share)
+        return GraphTask(system, run, found["train"], found["test"], found.get("validation"))
 
     def steps(self) -> int:
         """Optimizer steps of every network, whatever it is trained on."""
         system = self.system
         return system.steps or max(1, round(system.epochs * len(self.train_data) / system.batch_size))
 
-    def train(self, name: str, architecture: Architecture, data: GraphData, *, by_frequency: bool = False) -> Train:
-        """A stage that trains a new network on ``data``; the initial weights depend on the seed only."""
-        system = self.system
-        model = self.new_model(architecture)
+    def train(
+        self, name: str, architecture: Architecture, data: GraphData, *, by_frequency: bool = False, repeat: int = 0
+    ) -> Train:
+        """A stage that trains a new network on ``data``; weights and batches depend on seed and repeat only."""
+        system, seed = self.system, self._seed(repeat)
+        model = self.new_model(architecture, repeat=repeat)
         student = Observed(model, name=name)
         player = Player(
             name,
@@ -121,27 +142,34 @@ class GraphTask:
             CrossEntropy(student.output()),
             optimizer=adamw(system.lr, weight_decay=system.weight_decay),
         )
-        source: Any = Batches(data, system.batch_size, seed=system.seed, collate=collate_graphs)
+        source: Any = Batches(data, system.batch_size, seed=seed, collate=collate_graphs)
         if by_frequency or len(data) < system.batch_size:
             weights = torch.tensor([float(graph.frequency) if by_frequency else 1.0 for graph in data.graphs])
-            source = Drawn(partial(_drawn, data, weights, system.batch_size), seed=system.seed)
+            source = Drawn(partial(_drawn, data, weights, system.batch_size), seed=seed)
         return Train(name, player, source=source, steps=self.steps())
 
     def networks(
         self, name: str, data: GraphData, *, by_frequency: bool = False
-    ) -> Generator[Stage, Artifact, dict[tuple[str, Architecture], Artifact]]:
-        """The stages that train a network of every architecture on the set called ``name``."""
-        models = {}
+    ) -> Generator[Stage, Artifact, Trained]:
+        """The stages that train ``repeats`` networks of every architecture on the set called ``name``."""
+        models: Trained = {}
         for kind in self.system.architectures:
-            stage = self.train(f"{kind}-{name.replace(' ', '-')}", kind, data, by_frequency=by_frequency)
-            models[name, kind] = yield stage
+            stage = f"{kind}-{name.replace(' ', '-')}"
+            models[name, kind] = []
+            for repeat in range(self.system.repeats):
+                own = stage if repeat == 0 else f"{stage}-{repeat + 1}"
+                trained = yield self.train(own, kind, data, by_frequency=by_frequency, repeat=repeat)
+                models[name, kind].append(trained)
         return models
 
-    def new_model(self, architecture: Architecture) -> GNN:
+    def _seed(self, repeat: int) -> int:
+        return self.system.seed + 10_007 * repeat
+
+    def new_model(self, architecture: Architecture, *, repeat: int = 0) -> GNN:
         """A network with random weights."""
         system, data = self.system, self.train_data
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(system.seed)
+            torch.default_generator.manual_seed(self._seed(repeat))
             return GNN(
                 architecture,
                 node_labels=max(data.node_labels, self.test_data.node_labels),
@@ -173,45 +201,52 @@ class GraphTask:
                 used += cost
         return self.train_data.take(chosen)
 
-    def evaluation(
-        self, sets: Mapping[str, GraphData], models: Mapping[tuple[str, Architecture], Artifact]
-    ) -> Evaluate:
+    def evaluation(self, sets: Mapping[str, GraphData], models: Trained) -> Evaluate:
         """Accuracy and ROC-AUC on intact test graphs, of every network by the set it was trained on."""
         return Evaluate("evaluation", partial(self._evaluate, sets, models))
 
-    def _evaluate(
-        self,
-        sets: Mapping[str, GraphData],
-        models: Mapping[tuple[str, Architecture], Artifact],
-        context: Context,
-    ) -> Table:
+    def _evaluate(self, sets: Mapping[str, GraphData], models: Trained, context: Context) -> Table:
+        system = self.system
         rows: list[dict[str, Any]] = []
-        for (name, architecture), artifact in models.items():
-            model = artifact.load_into(self.new_model(architecture)).to(self.run.fabric.device).eval()
-            accuracy, auc = self._measure(model)
-            rows.append(
-                {
-                    "name": f"{name}, {architecture.upper()}",
-                    "set": name,
-                    **sets[name].sizes(self.train_data),
-                    "accuracy": accuracy,
-                    "auc": auc,
-                }
-            )
-            context.results |= {f"{name}/{architecture}/accuracy": accuracy, f"{name}/{architecture}/auc": auc}
+        for (name, architecture), artifacts in models.items():
+            best = self._best(architecture, artifacts)
+            measured = torch.tensor([self._measure(model, self.test_data) for model in best], dtype=torch.float64)
+            accuracy, auc = measured.mean(0).tolist()
+            spread = {"auc_std": measured[:, 1].std().item()} if len(best) > 1 else {}
+            figures = {"accuracy": accuracy, "auc": auc, **spread}
+            sizes = sets[name].sizes(self.train_data)
+            rows.append({"name": f"{name}, {architecture.upper()}", "set": name, **sizes, **figures})
+            context.results |= {f"{name}/{architecture}/{key}": value for key, value in figures.items()}
         for name in sets:
             own = [row for row in rows if row["set"] == name]
             for figure in ("accuracy", "auc"):
                 context.results[f"{name}/{figure}"] = sum(row[figure] for row in own) / len(own)
             context.results[f"{name}/smaller"] = own[0]["smaller"]
-        return Table("Networks on intact test graphs", COLUMNS, rows, [f"{len(self.test_data)} test graphs."])
+        notes = [f"{len(self.test_data)} test graphs."]
+        if self.validation_data is not None:
+            notes.append(
+                f"Means over the {system.top} of {system.repeats} networks that are best by ROC-AUC on "
+                f"{len(self.validation_data)} validation graphs."
+            )
+        columns = [column for column in COLUMNS if any(column.key in row for row in rows)]
+        return Table("Networks on intact test graphs", columns, rows, notes)
+
+    def _best(self, architecture: Architecture, artifacts: Sequence[Artifact]) -> list[torch.nn.Module]:
+        """The networks that figures are of: the ``top`` by ROC-AUC on the validation graphs; of equals the earlier."""
+        new = self.new_model(architecture)
+        models = [artifact.load_into(copy.deepcopy(new)).to(self.run.fabric.device).eval() for artifact in artifacts]
+        if self.validation_data is None:
+            return models
+        worth = [self._measure(model, self.validation_data)[1] for model in models]
+        order = sorted(range(len(models)), key=lambda number: -worth[number])
+        return [models[number] for number in order[: self.system.top]]
 
     @torch.no_grad()
-    def _measure(self, model: torch.nn.Module) -> tuple[float, float]:
+    def _measure(self, model: torch.nn.Module, data: GraphData) -> tuple[float, float]:
+        """Accuracy and ROC-AUC on intact graphs."""
         logits, labels = [], []
-        graphs = self.test_data.graphs
-        for start in range(0, len(graphs), EVALUATION_BATCH):
-            batch = self.run.fabric.to_device(collate_graphs(graphs[start : start + EVALUATION_BATCH]))
+        for start in range(0, len(data), EVALUATION_BATCH):
+            batch = self.run.fabric.to_device(collate_graphs(data.graphs[start : start + EVALUATION_BATCH]))
             labels.append(batch.pop("labels").cpu())
             logits.append(model(**batch).float().cpu())
         probabilities_NV, labels_N = torch.cat(logits).softmax(-1), torch.cat(labels)
@@ -222,6 +257,20 @@ class GraphTask:
 def only_accuracy(figures: Mapping[str, float]) -> float:
     """The mean accuracy of the networks, from the figures of an evaluation with one set of graphs."""
     return next(value for key, value in figures.items() if key.count("/") == 1 and "accuracy" in key)
+
+
+def only_auc(figures: Mapping[str, float]) -> float:
+    """Likewise their mean ROC-AUC."""
+    return next(value for key, value in figures.items() if key.count("/") == 1 and key.endswith("/auc"))
+
+
+def _divided(name: str, data: GraphData, share: float) -> tuple[GraphData, GraphData]:
+    """The graphs without ``share`` of them, and these; the same whatever the seed."""
+    order = random.Random(0).sample(range(len(data)), len(data))
+    held_out = max(1, round(share * len(order)))
+    if held_out >= len(order):
+        raise ConfigError(f"data={name!r}: {len(order)} graph(s) cannot be divided; give more")
+    return data.take(order[held_out:]), data.take(order[:held_out])
 
 
 def _drawn(data: GraphData, weights: torch.Tensor, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -236,4 +285,5 @@ COLUMNS = [
     Column("smaller", "times smaller", ".1f", "higher", "than the whole training set"),
     Column("accuracy", "accuracy", ".1%", "higher"),
     Column("auc", "ROC-AUC", ".3f", "higher", "one class against the rest, mean over classes"),
+    Column("auc_std", "± (networks)", ".3f", None, "standard deviation of the ROC-AUC over the networks"),
 ]

@@ -16,6 +16,7 @@ from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
 from stillhouse.core.system import Claim, Meta
 from stillhouse.core.train import Train
+from stillhouse.diffusion.samplers import FewStepGenerator
 from stillhouse.objectives.diffusion import (
     Denoising,
     DiscriminatorGAN,
@@ -24,9 +25,7 @@ from stillhouse.objectives.diffusion import (
     at_noise,
 )
 from stillhouse.tasks.diffusion import DiffusionSystem, DiffusionTask
-
-FEATURES = "net.mid_block"
-Variant = tuple[str, dict[str, Any]]
+from stillhouse.tasks.experiments import Experiment
 
 
 @dataclass(kw_only=True)
@@ -80,9 +79,7 @@ class DMD2(DiffusionSystem):
     }
 
     student_steps: Annotated[int, "network calls of the student (1 ImageNet; 4 SDXL)", Ge(1)] = 1
-    first_timestep: Annotated[
-        int | None, "time that a student of one step is told (399 for SDXL); by default the noisiest", Ge(0)
-    ] = None
+    first_timestep: Annotated[int | None, "time a student of one step is told (399 SDXL)", Ge(0)] = None
     critic_steps: Annotated[int, "critic updates for one of the generator (10 for SD 1.5; 1 is DMD's)", Ge(1)] = 5
     simulate: Annotated[bool, "train on inputs the student made itself; off: on noised data"] = True
     gan: Annotated[bool, "the GAN on real data; off: scores alone"] = True
@@ -92,6 +89,8 @@ class DMD2(DiffusionSystem):
     min_noise: Annotated[float, "where on the schedule scores are compared: from", Ge(0), Le(1)] = 0.02
     max_noise: Annotated[float, "and to", Ge(0), Le(1)] = 0.98
     guidance: Annotated[float, "of the teacher alone (1.75 SD 1.5, 8 SDXL)", Ge(0)] = 1.0
+    lora_rank: Annotated[int | None, "of adapters, trained in place of the generator (64 SDXL)", Ge(1)] = None
+    lora_alpha: Annotated[float, "adapters count alpha / rank times", Gt(0)] = 8.0
     critic_lr: Annotated[float | None, "learning rate of the critic; by default the generator's", Gt(0)] = None
     score_steps: Annotated[int, "steps before the GAN joins in, as a stage of their own; 0: none", Ge(0)] = 0
     score_lr: Annotated[float | None, "learning rate of that stage; by default lr", Gt(0)] = None
@@ -107,8 +106,7 @@ class DMD2(DiffusionSystem):
         task = yield from DiffusionTask.prepare(self, run)
         before: Artifact | None = None
         if self.regression_steps:
-            model = task.new_generator(self.student_steps, first_timestep=self.first_timestep)
-            steps = self.regression_steps
+            steps, model = self.regression_steps, self._generator(task, None)
             before = yield task.regression("regression", model, steps=steps, ode_steps=self.regression_ode_steps)
         if self.score_steps:
             lr = self.score_lr or self.lr
@@ -116,13 +114,16 @@ class DMD2(DiffusionSystem):
         student = yield self._matching("student", task, before, gan=self.gan, steps=self.steps, lr=self.lr)
         yield task.evaluation({"student": student})
 
+    def _generator(self, task: DiffusionTask, before: Artifact | None) -> FewStepGenerator:
+        lora = None if self.lora_rank is None else (self.lora_rank, self.lora_alpha)
+        return task.new_generator(self.student_steps, first_timestep=self.first_timestep, before=before, lora=lora)
+
     def _matching(
         self, name: str, task: DiffusionTask, before: Artifact | None, *, gan: bool, steps: int, lr: float
     ) -> Train:
         """The players: generator and critic, with the discriminator on the critic's features where there is a GAN."""
         process = task.teacher.process
-        model = task.new_generator(self.student_steps, first_timestep=self.first_timestep, before=before)
-        tracker = task.new_critic(before)
+        model, tracker = self._generator(task, before), task.new_critic(before)
         generator, critic = Observed(model, name="generator"), Observed(tracker, name="critic")
         sample = generator.output()
         noise = {"matching": (self.min_noise, self.max_noise), "tracking": (0.0, 1.0)}
@@ -141,9 +142,9 @@ class DMD2(DiffusionSystem):
                 "fake": at_noise(critic, process, "gan", x=sample.detach()),
                 "real": at_noise(critic, process, "gan_real"),
             }
-            head = Observed(task.discriminator(tracker, FEATURES), name="discriminator")
+            head = Observed(task.discriminator(tracker), name="discriminator")
             logits = {
-                side: head.view(side, feed={"inputs": view.tap(FEATURES)}).output() for side, view in seen.items()
+                side: head.view(side, feed={"inputs": task.features(view)}).output() for side, view in seen.items()
             }
             follow = follow + self.gan_weight * GeneratorGAN(logits["fooling"])
             track = track + self.critic_gan_weight * DiscriminatorGAN(logits["real"], logits["fake"])
@@ -157,41 +158,42 @@ class DMD2(DiffusionSystem):
         return task.train_generator(name, players, source=source, steps=steps, critic=tracker)
 
     def claims(self) -> list[Claim]:
-        def claim(statement: str, budget: str, method: Variant, baseline: Variant) -> Claim:
-            return Claim(
-                statement=statement,
-                metric="sliced Wasserstein distance to real data",
-                method=method[0],
-                baseline=baseline[0],
-                variants={name: ("dmd2", values) for name, values in (method, baseline)},
-                measure=lambda artifacts: artifacts["evaluation"].metrics["student/swd"],
-                higher_is_better=False,
-                seeds=3,
-                budget=f"equal {budget}, initial weights, batches and learning rates",
-            )
-
         # A critic too slow for its generator: what the rule of two time scales is for.
         slow = {"student_steps": 1, "gan": False, "lr": 5e-4, "critic_lr": 1e-4, "ema": 0.0}
         # A teacher whose modes are too broad by a factor of 2.5; the GAN alone sees the real data.
         biased = {"teacher": "demo:broad-eight-gaussians", "student_steps": 1, "critic_steps": 2, "steps": 2000}
         alone = {"gan": False, "steps": 1500}
+        arms: dict[str, dict[str, Any]] = {
+            "5 critic updates": {**slow, "critic_steps": 5, "steps": 5000},
+            "1 critic update": {**slow, "critic_steps": 1, "steps": 1000},
+            "with GAN": {**biased, "gan_weight": 1.0, "critic_gan_weight": 0.3},
+            "scores alone": {**biased, "gan": False},
+            "own inputs": alone,
+            "noised data": {**alone, "simulate": False},
+        }
+
+        def claim(statement: str, budget: str, method: str, baseline: str) -> Claim:
+            metric, figure = "sliced Wasserstein distance to real data", "student/swd"
+            experiment = Experiment("dmd2", arms, f"equal {budget}, initial weights, batches and learning rates")
+            return experiment.claim(statement, metric, figure, method, baseline, higher_is_better=False)
+
         return [
             claim(
                 "without a regression loss, several critic updates for one of the generator keep it from going astray",
                 "generator updates (1,000)",
-                ("5 critic updates", {**slow, "critic_steps": 5, "steps": 5000}),
-                ("1 critic update", {**slow, "critic_steps": 1, "steps": 1000}),
+                "5 critic updates",
+                "1 critic update",
             ),
             claim(
                 "a GAN on real data lets the student be better than the scores of a wrong teacher allow",
                 "teachers and steps",
-                ("with GAN", {**biased, "gan_weight": 1.0, "critic_gan_weight": 0.3}),
-                ("scores alone", {**biased, "gan": False}),
+                "with GAN",
+                "scores alone",
             ),
             claim(
                 "a student of four steps does better when trained on its own intermediate samples than on noised data",
                 "steps",
-                ("own inputs", alone),
-                ("noised data", {**alone, "simulate": False}),
+                "own inputs",
+                "noised data",
             ),
         ]

@@ -18,10 +18,9 @@ from stillhouse.core.system import Claim, Meta
 from stillhouse.data.condensation.itemsets import frequent_itemsets, least_counts, maximal_itemsets
 from stillhouse.data.condensation.trees import TreeTable, variety
 from stillhouse.data.graphs import GraphData, from_parquet, to_dataset
-from stillhouse.models.gnn import Architecture
 from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.graph_pictures import draw_trees
-from stillhouse.tasks.graphs import GraphSystem, GraphTask, only_accuracy
+from stillhouse.tasks.graphs import GraphSystem, GraphTask, Trained, only_accuracy, only_auc
 
 TrainedOn = Literal["mirage", "random", "one per class", "full"]
 
@@ -65,9 +64,7 @@ class Mirage(GraphSystem):
         Len(1),
     ] = (0.2,)
     sets: Annotated[Literal["all", "maximal"], "keep every frequent set, or those that no other contains"] = "all"
-    sampling: Annotated[
-        Literal["frequency", "uniform"], "how the networks' batches are drawn (the released code: uniform)"
-    ] = "frequency"
+    sampling: Annotated[Literal["frequency", "uniform"], "of batches (the released code: uniform)"] = "frequency"
     leaf_degrees: Annotated[bool, "tell leaves apart by degree: trees are then exact for GCNs too, but more"] = False
     compare: Annotated[
         tuple[TrainedOn, ...],
@@ -82,10 +79,10 @@ class Mirage(GraphSystem):
         sets: dict[str, GraphData] = {
             kind: mirage if kind == "mirage" else task.reference(kind, size=mirage.bytes()) for kind in self.compare
         }
-        models: dict[tuple[str, Architecture], Artifact] = {}
+        models: Trained = {}
         for name, data in sets.items():
-            by_frequency = name == "mirage" and self.sampling == "frequency"
-            models |= yield from task.networks(name, data, by_frequency=by_frequency)
+            weighted = name == "mirage" and self.sampling == "frequency"
+            models |= yield from task.networks(name, data, by_frequency=weighted)
         yield task.evaluation(sets, models)
 
     def condense(self, data: GraphData, context: Context) -> tuple[Any, dict[str, str]]:
@@ -123,7 +120,11 @@ class Mirage(GraphSystem):
         metric = "accuracy on intact test graphs, mean of GCN, GAT and GIN"
         more = "graph networks learn more from frequent tree sets than from as many bytes of graphs"
         than_one = "frequent tree sets teach more than one whole graph per class"
+        chosen = {f"{name}, 5 of 10": {**arms[name], "repeats": 10, "top": 5} for name in sets[:2]}  # the paper's way
+        protocol = Experiment("mirage", chosen, f"{budget}, equal bytes of training data")
+        auc = "ROC-AUC on intact test graphs, of the best 5 of 10 networks by validation, mean of GCN, GAT and GIN"
         return [
             by_size.claim(more, metric, only_accuracy, "mirage", "random"),
             by_class.claim(than_one, metric, only_accuracy, "mirage", "one per class", scope="consequence"),
+            protocol.claim(f"{more} (the best 5 of 10 networks)", auc, only_auc, *chosen),
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from stillhouse.core.stage import Context, Stage, Transform
 from stillhouse.core.system import Claim, Meta
 from stillhouse.models import pruning, sam
 from stillhouse.objectives.feature_sets import DisturbedMSE, FeatureSetMSE
+from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.segmentation import SegmentationSystem, SegmentationTask
 
 if TYPE_CHECKING:
@@ -172,29 +173,27 @@ class SlimSAM(SegmentationSystem):
         return FeatureSetMSE([sam.image_embedding(student)], [sam.image_embedding(teacher)], name="embedding")
 
     def claims(self) -> list[Claim]:
+        cut: dict[str, Any] = {"alternate": False, "steps": 1}  # looked at before anything is trained
         arms: dict[str, dict[str, Any]] = {
             "alternate": {},
             "one-shot": {"alternate": False},
             "from scratch": {"alternate": False, "inherit": False},
+            "cut": cut,
         }
-        central = Claim(
-            statement="slimming the two structures in turn gives better masks than cutting both at once and distilling "
-            "the embedding for as many steps",
-            metric="mean IoU of held-out masks asked for by a point",
-            method="alternate",
-            baseline="one-shot",
-            variants={name: ("slimsam", arms[name]) for name in ("alternate", "one-shot")},
-            measure=lambda artifacts: artifacts["evaluation"].metrics["student/miou"],
-            higher_is_better=True,
-            seeds=3,
-            budget="equal shapes of the students, images, steps and learning rates",
-        )
-        few = replace(
-            central,
-            scope="consequence",
-            statement="with few images, what is left of a pruned teacher is a better student than the same shape with "
-            "new weights",
-            baseline="from scratch",
-            variants={name: ("slimsam", arms[name]) for name in ("alternate", "from scratch")},
-        )
-        return [central, few]
+        criteria = {"magnitude": "magnitude", "chance": "random", "the scores without noise": "taylor"}
+        for by, name in criteria.items():
+            arms |= {f"by {by}": {"importance": name}, f"cut by {by}": {**cut, "importance": name}}
+        trained = Experiment("slimsam", arms, "equal shapes of the students, images, steps and learning rates")
+        miou = ("mean IoU of held-out masks asked for by a point", "student/miou", "alternate")
+        chosen = Experiment("slimsam", arms, "equal shares of channels cut, images, steps and learning rates")
+        mse = ("mean squared error to the teacher's image embedding, both cut", "pruned/embedding_mse", "cut")
+        at_once = "slimming the two structures in turn gives better masks than cutting both at once and distilling "
+        new = "with few images, what is left of a pruned teacher is a better student than the same shape with "
+        better, nearer = "disturbed Taylor scores leave a better student than", "disturbed Taylor scores cost less than"
+        less: dict[str, Any] = {"higher_is_better": False, "scope": "consequence"}
+        return [
+            trained.claim(f"{at_once}the embedding for as many steps", *miou, "one-shot"),
+            trained.claim(f"{new}new weights", *miou, "from scratch", scope="consequence"),
+            *(chosen.claim(f"{better} {by}", *miou, f"by {by}") for by in ("magnitude", "chance")),
+            *(chosen.claim(f"{nearer} {by}", *mse, f"cut by {by}", **less) for by in criteria),
+        ]
