@@ -21,10 +21,10 @@ from stillhouse.tasks.policies import (
 class DistiLLM2(PolicySystem):
     """DistiLLM-2 (Ko et al., ICML 2025, arXiv 2503.07067).
 
-    The loss and the text it is taken on belong together: KL(p || skew p + (1 - skew) q) on text the teacher wrote raises
-    what the teacher says, KL(q || skew q + (1 - skew) p) on text the student wrote lowers what only the student says.
-    As in the authors' released settings, the skew is the same for all samples and both losses weigh the same; the paper's
-    curriculum over the two is not here.
+    The loss and the text it is taken on belong together: KL(p || skew p + (1 - skew) q) on text the teacher wrote
+    raises what the teacher says, KL(q || skew q + (1 - skew) p) on text the student wrote lowers what only the student
+    says. As in the authors' released settings, the skew is the same for all samples and both losses weigh the same; the
+    paper's curriculum over the two is not here.
     """
 
     meta = Meta(
