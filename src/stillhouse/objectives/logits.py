@@ -14,7 +14,8 @@ from torch import Tensor
 from stillhouse.core.objective import Term
 from stillhouse.core.observed import Batch, Signal
 from stillhouse.core.schedule import Progress, Scheduled
-from stillhouse.losses.divergences import ForwardKL, RowDivergence, align_vocabulary, reduce
+from stillhouse.losses.divergences import ForwardKL, LabelledDivergence, RowDivergence, align_vocabulary, reduce
+from stillhouse.losses.linear_divergence import IGNORE_INDEX
 from stillhouse.objectives.scheduled import ScheduledDivergence
 
 
@@ -41,6 +42,8 @@ class LogitMatch(Term):
     Args:
         divergence: one of `stillhouse.losses.divergences`, or a callable that gives a loss per row.
         weight: an entry of the batch with a weight or mask per row (B, ...), or a function of the batch.
+        labels: the entry of the batch that a divergence gets which asks for labels (`stillhouse.losses.target_split`):
+            (B, ...), -100 is left out; or distributions (B, ..., V), whose likeliest class counts.
         scheduled: fields of ``divergence`` that follow a schedule: ``temperature=linear(4.0, 1.0)``.
     """
 
@@ -51,16 +54,26 @@ class LogitMatch(Term):
         divergence: RowDivergence,
         *,
         weight: str | Callable[[Batch], Tensor] | None = None,
+        labels: str = "labels",
         name: str | None = None,
         **scheduled: Scheduled,
     ) -> None:
         super().__init__(name=name or type(divergence).__name__, student=student, teacher=teacher.detach())
         self.divergence = ScheduledDivergence(divergence, **scheduled)
         self.weight = weight
+        self.labels = labels
 
     def compute(self, *, student: Tensor, teacher: Tensor, batch: Batch, progress: Progress, **_: Any) -> Tensor:
         weight = self.weight(batch) if callable(self.weight) else batch[self.weight] if self.weight else None
         divergence = self.divergence.now(self, progress)
+        if isinstance(divergence, LabelledDivergence):
+            if self.labels not in batch:
+                raise KeyError(f"{self.name}: the batch has no {self.labels!r}; it has: {', '.join(batch)}")
+            labels = batch[self.labels]
+            labels = labels.argmax(-1) if labels.is_floating_point() else labels
+            known = labels != IGNORE_INDEX
+            weight = known if weight is None else weight * known
+            divergence = divergence.given(labels.where(known, 0))
         loss = reduce(divergence(*align_vocabulary(student, teacher)), weight=weight)
         self.divergence.record(loss, progress)
         return loss
