@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +14,10 @@ from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertModel,
 from stillhouse.base.errors import ConfigError, ModelError
 from stillhouse.core.observed import Observed
 from stillhouse.core.schedule import Progress
+from stillhouse.data.toy_languages import languages, vocabulary
 from stillhouse.losses.relations import relation_heads, relation_kl, relation_mse, relations
 from stillhouse.metrics.objectives import mean_values
+from stillhouse.metrics.ranking import rank_correlation
 from stillhouse.models.elastic import (
     SLIM,
     ElasticBert,
@@ -22,12 +26,16 @@ from stillhouse.models.elastic import (
     extract,
     flops,
     load_encoder,
+    load_encoder_classifier,
     parameter_count,
     whole,
 )
 from stillhouse.models.subspaces import SubSpace
+from stillhouse.models.word_tokenizer import word_tokenizer
 from stillhouse.objectives.relations import RelationMatch, Sandwich, last_relations, sub_network, view_relations
 from stillhouse.systems.language.autodistil import SPACES
+from stillhouse.tasks.encoder import demo_text
+from stillhouse.tasks.encoder_transfer import classifier_on, pooled_states
 
 CONFIG = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3}
 SUB = SubNetwork(3, 2, 20, 2.5)
@@ -333,3 +341,63 @@ def test_the_term_is_three_relations_of_the_last_layer():
         s, t = (y.unflatten(-1, (4, 6)).transpose(1, 2) for y in (s, t))
         expected = expected + ((s @ s.mT - t @ t.mT) / 6**0.5).square().mean()
     torch.testing.assert_close(term({"input_ids": ids()}), expected)
+
+
+# -- labelled text, probes, ranking ---------------------------------------------------------------------------------
+
+
+def cut_out(sub: SubNetwork = SUB) -> BertModel:
+    return extract(ElasticBert(bert()), sub)
+
+
+@pytest.mark.parametrize("sub", [SUB, SubNetwork(2, 2, 16, 3)])
+def test_a_student_found_becomes_a_classifier_and_comes_back(sub, tmp_path):
+    """Slim or plain: it begins with the student's own weights, and its ecosystem loads it."""
+    student = cut_out(sub)
+    model = classifier_on(student, ("a", "b", "c"), seed=3).eval()
+    hidden = student(ids()).last_hidden_state
+    torch.testing.assert_close(model.bert(ids()).last_hidden_state, hidden)
+    pooled = torch.tanh(hidden[:, 0] @ model.bert.pooler.dense.weight.T + model.bert.pooler.dense.bias)
+    logits = pooled @ model.classifier.weight.T + model.classifier.bias
+    torch.testing.assert_close(model(ids()).logits, logits)
+    model.save_pretrained(tmp_path)
+    again = load_encoder_classifier(tmp_path)
+    assert torch.equal(again(ids()).logits, model(ids()).logits) and again.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+class Held:
+    """Labelled text that is one padded batch."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def batches_of(self, _data: object) -> list[dict[str, Tensor]]:
+        return [{"input_ids": ids(), "attention_mask": self.mask, "labels": torch.zeros(2)}]
+
+
+def test_probed_states_are_means_over_the_tokens_that_are_there():
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    model = bert()
+    found = pooled_states(Held(mask), model, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(found[0], model(ids()[:1]).last_hidden_state[0].mean(0))
+    torch.testing.assert_close(found[1], model(ids()[1:, :5]).last_hidden_state[0].mean(0))
+    elastic = ElasticBert(bert())
+    with elastic.active(SUB):  # a slice is probed as the student cut out of it would be
+        sliced = pooled_states(Held(mask), elastic, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(sliced, pooled_states(Held(mask), cut_out(), None))  # type: ignore[arg-type]
+
+
+def test_rank_correlations_by_hand():
+    """Of 1 2 3 4 and 1 3 2 4: rho = 1 - 6 * 2 / 60; tau = (5 - 1) / 6. Only order counts."""
+    found = rank_correlation([1, 2, 3, 4], [10, 900, 20, 1e6])
+    assert found == pytest.approx({"spearman": 0.8, "kendall": 2 / 3})
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx({"spearman": -1, "kendall": -1})
+    assert all(math.isnan(value) for value in rank_correlation([1, 1, 1], [1, 2, 3]).values())
+
+
+def test_the_embedded_text_ends_its_sentences_and_has_no_unknown_word():
+    tokenizer = word_tokenizer(vocabulary(languages(1)))
+    numbers = tokenizer(list(demo_text(50).documents["text"]), add_special_tokens=False).input_ids
+    assert len(numbers) == 2 and tokenizer.unk_token_id not in {*numbers[0], *numbers[1]}
+    assert numbers[0].count(tokenizer.sep_token_id) == 24

@@ -22,11 +22,12 @@ from stillhouse.models.head_recovery import (
     low_rank_completion,
     principal_cosines,
     recover_head,
+    recover_head_in_parts,
     with_frozen_head,
     without_mean,
 )
 from stillhouse.objectives import head_of
-from stillhouse.tasks.leakage import random_prompts, true_cosines
+from stillhouse.tasks.leakage import _Answered, random_prompts, true_cosines
 from stillhouse.teachers.cache import top_k
 from stillhouse.teachers.logit_api import LogitAPI, QueryBudget
 
@@ -88,6 +89,42 @@ def test_an_invertible_map_between_states_and_matrix_leaves_no_trace():
 def test_the_rank_is_where_the_spectrum_drops(rank, noise, seed):
     Y = normal(40, rank, seed=seed) @ normal(30, rank, seed=seed + 50).T + noise * normal(40, 30, seed=99)
     assert logit_rank(torch.linalg.svdvals(Y)) == rank
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("part", [7, 50])
+def test_in_parts_through_a_sketch_it_is_the_same_matrix(known, part):
+    """Answers of exact rank: same width, same column space, same scale as the decomposition of the whole."""
+    Y = normal(50, 5) @ normal(300, 5, seed=1).T
+    whole = recover_head(Y)
+    found = recover_head_in_parts(lambda: Y.split(part), 300, sketch=20, rank=5 if known else None)
+    assert found.rank == whole.rank == 5 and found.gap > 1e9
+    torch.testing.assert_close(found.weight @ found.weight.T, whole.weight @ whole.weight.T, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.singular[:5], whole.singular[:5], rtol=1e-9, atol=1e-9)
+
+
+def test_a_sketch_of_noisy_answers_finds_nearly_the_space():
+    own = normal(300, 5, seed=1)
+    Y = normal(60, 5) @ own.T + 1e-3 * normal(60, 300, seed=2)
+    found = recover_head_in_parts(lambda: Y.split(16), 300, sketch=24)
+    assert found.rank == 5 and principal_cosines(found.weight, own).min() > 0.99999
+
+
+def test_a_sketch_below_the_rank_is_told():
+    Y = normal(50, 8) @ normal(300, 8, seed=1).T
+    with pytest.raises(DataError, match="raise queries or sketch"):
+        recover_head_in_parts(lambda: [Y], 300, sketch=8, rank=8)
+    with pytest.raises(DataError, match="raise queries or sketch"):
+        recover_head_in_parts(lambda: [Y[:7]], 300, sketch=40, rank=8)
+
+
+def test_an_interface_to_known_answers_says_what_the_model_says(victim):
+    """The defences ask one table of answers; to the interface it is the model."""
+    stored = _Answered(victim, PROMPTS, V)
+    for options in ({}, {"top_k": 20, "decimals": 3}):
+        for prompt in PROMPTS[:3]:
+            one, other = (LogitAPI(model, V, **options).everything(prompt) for model in (victim, stored))
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-3 if options else 1e-5)
 
 
 def test_too_few_answers_say_so():

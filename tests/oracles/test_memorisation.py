@@ -17,11 +17,15 @@ from torch import nn
 
 from stillhouse.audits.memorisation import (
     Overlap,
+    Peeled,
     at_risk,
     certainty,
+    exposure,
     extracted,
     greedy_continuations,
     memorisation,
+    onion,
+    outer_layer,
     overlap,
     predict_risk,
     risk_features,
@@ -228,3 +232,43 @@ def test_the_audit_of_three_known_models():
     assert table.row("student")["easy_share"] == 1 and table.row("student")["inherited"] == 0
     with pytest.raises(ConfigError, match="no 'baseline'"):
         memorisation({"teacher": parrot()}, language.train, texts)
+
+
+# -- the onion ------------------------------------------------------------------------------------------------------
+
+
+def test_the_outer_layer_is_the_likeliest_of_what_is_memorised():
+    memorised = torch.tensor([True, False, True, True, True])
+    likely = torch.tensor([-3.0, -0.1, -1.0, -2.0, -4.0])  # the second is likely, but not memorised
+    assert outer_layer(memorised, likely, 0.5).tolist() == [False, False, True, True, False]
+    assert outer_layer(memorised, likely, 0.01).tolist() == [False, False, True, False, False]
+    assert outer_layer(memorised, likely, 1.0).tolist() == memorised.tolist()
+    assert not outer_layer(torch.zeros(5).bool(), likely, 0.5).any()
+
+
+def test_exposure_is_the_suffix_s_own_likelihood():
+    """The rule model's log-probability by hand; what stands after the suffix does not count."""
+    model = successor()
+    ids = torch.arange(12).repeat(2, 1) % V
+    ids[1, 6] = (ids[1, 6] + 3) % V  # breaks the second sequence's suffix
+    ids[:, 11] = 0  # outside of prefix and suffix
+    memorised, likely = exposure(model, ids, prefix=4, suffix=5)
+    assert memorised.tolist() == [True, False]
+    log_p = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    expected = log_p.gather(-1, ids[:, 1:, None])[:, 3:8, 0].sum(1)
+    torch.testing.assert_close(likely, expected)
+    assert likely[0] > likely[1]
+
+
+def test_the_onion_counts_who_comes_and_goes():
+    def mask(*ids: int) -> torch.Tensor:
+        return torch.zeros(6).bool().index_fill(0, torch.tensor(ids, dtype=torch.long), True)
+
+    layers = [Peeled(mask(), mask(0, 1, 2)), Peeled(mask(0, 1), mask(0, 2, 3)), Peeled(mask(0, 1, 2), mask(4, 5))]
+    first, second, third = onion(layers).rows
+    assert (first["removed"], first["kept"], first["found"]) == (0, 6, 3) and "new" not in first
+    assert {k: second[k] for k in ("removed", "kept", "found", "stay", "new", "lost", "unseen")} == {
+        "removed": 2, "kept": 4, "found": 2, "stay": 1, "new": 1, "lost": 0, "unseen": 1,
+    }  # fmt: skip
+    assert (third["found"], third["new"], third["lost"], third["unseen"]) == (2, 2, 1, 0)
+    assert third["share"] == pytest.approx(2 / 3) and second["stay"] + second["new"] == second["found"]

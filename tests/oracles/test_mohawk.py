@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
@@ -188,9 +189,55 @@ def test_padding_leaves_no_trace():
     assert module.matrix(padded, mask)[..., 3:, :3].abs().max() == 0
 
 
-def test_a_cache_is_refused():
-    with pytest.raises(ModelError, match="use_cache=False"):
-        mixer()(torch.randn(1, 2, 12), past_key_values=object())
+@pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 1, 3], [9]])
+def test_piece_by_piece_it_is_the_whole(pieces):
+    """With convolution, gate and skip away from their beginnings; a state that forgets nothing and repeats nothing."""
+    module, u = mixer(), torch.randn(2, 9, 12)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    cache, found = DynamicCache(), []
+    for piece in u.split(pieces, 1):
+        found.append(module(piece, past_key_values=cache)[0])
+    torch.testing.assert_close(torch.cat(found, 1), module(u)[0], rtol=1e-4, atol=1e-5)
+    assert cache.get_seq_length() == 9
+    alone = module(u[:, -1:])[0]  # without what came before it is another output
+    assert not torch.allclose(alone, module(u)[0][:, -1:], atol=1e-3)
+
+
+def test_the_state_against_the_recurrence_and_of_one_size():
+    module, u = mixer(), torch.randn(1, 7, 12)
+    cache, sizes = DynamicCache(), []
+    for token in u.split(1, 1):
+        module(token, past_key_values=cache)
+        layer = cache.layers[0]
+        sizes.append(sum(t.numel() for t in (layer.state, *layer.tails.values())))
+    x, B, C = (p(u).view(1, 7, 3, -1) for p in (module.x_proj, module.b_proj, module.c_proj))
+    _, h = recurrence(x, B, C, torch.log(torch.sigmoid(-module.a_proj(u))))
+    torch.testing.assert_close(layer.state, h)
+    assert set(sizes) == {3 * 5 * 4 + 3 * (12 + 15 + 15)}  # H N P, and three inputs of x, B and C
+
+
+def test_beams_take_their_states_along():
+    module, u = mixer(), torch.randn(3, 6, 12)
+    cache = DynamicCache()
+    module(u[:, :5], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    found = module(u[[2, 2, 0], 5:], past_key_values=cache)[0]
+    torch.testing.assert_close(found, module(u)[0][[2, 2, 0], 5:], rtol=1e-4, atol=1e-5)
+    cache.reset()
+    torch.testing.assert_close(module(u, past_key_values=cache)[0], module(u)[0])
+
+
+def test_a_cache_of_something_else_is_refused():
+    filled = DynamicCache()
+    filled.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+    with pytest.raises(ModelError, match="empty DynamicCache"):
+        mixer()(torch.randn(1, 2, 12), past_key_values=filled)
+    used = DynamicCache()
+    mixer()(torch.randn(1, 2, 12), past_key_values=used)
+    with pytest.raises(ModelError, match="cannot take tokens back"):
+        used.crop(-1)
 
 
 def test_inherited_projections():
@@ -320,10 +367,49 @@ def test_saved_loaded_and_generating(family, tmp_path):
         logits[:, 2] = -torch.inf  # no end yet
         greedy = torch.cat([greedy, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(written, greedy)
+    reread = auto.generate(ids()[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(written, reread) and auto.generation_config.use_cache
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids()], 1)
     mask = (padded > 0).long()
     found = auto(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, 3:]
     torch.testing.assert_close(found, student(ids()).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
+@pytest.mark.parametrize("attention_layers", [[], [0], [1]])
+def test_token_by_token_is_the_full_forward(family, attention_layers, tmp_path):
+    """After saving and loading, as a hybrid or not, with and without padding before the text."""
+    convert(decoder(family), state_size=8, attention_layers=attention_layers).save_pretrained(tmp_path)
+    student = load_converted(tmp_path)
+    text = ids(12)
+    mask = torch.ones_like(text)
+    mask[0, :4] = 0
+    for attention_mask in (None, mask):
+        positions = None if attention_mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+        whole = student(text, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
+        past, found = None, []
+        for start, end in ((0, 5), *((t, t + 1) for t in range(5, 12))):
+            step = student(
+                text[:, start:end],
+                attention_mask=None if attention_mask is None else mask[:, :end],
+                position_ids=None if positions is None else positions[:, start:end],
+                past_key_values=past,
+                use_cache=True,
+            )
+            past = step.past_key_values
+            found.append(step.logits)
+        seen = mask.bool() if attention_mask is not None else torch.ones_like(mask).bool()
+        torch.testing.assert_close(torch.cat(found, 1)[seen], whole[seen], rtol=1e-4, atol=1e-5)
+    kinds = ["DynamicLayer" if n in attention_layers else "StateLayer" for n in range(3)]
+    assert [type(layer).__name__ for layer in past.layers] == kinds
+
+
+def test_beams_and_batches_generate_as_without_a_cache():
+    student = convert(decoder(), state_size=8, attention_layers=[1])
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, :3] = 0
+    options = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(student.generate(ids(), **options), student.generate(ids(), use_cache=False, **options))
 
 
 def test_what_cannot_be_converted(tmp_path):
@@ -436,6 +522,20 @@ def test_shares_that_leave_nothing_are_refused():
     system = MOHAWK.make(teacher="x", data="y", orientation=0.5, alignment=0.5)
     with pytest.raises(ConfigError, match="leave steps for stage 3"):
         next(iter(system.stages(None)))  # type: ignore[arg-type]
+
+
+def test_the_embedded_characters_are_the_demo_s_only():
+    system = MOHAWK.make(teacher="x", data="y", embedded="characters")
+    with pytest.raises(ConfigError, match="give no teacher or data"):
+        next(iter(system.stages(None)))  # type: ignore[arg-type]
+
+
+def test_no_two_experiments_share_the_name_of_an_arm():
+    """Runs of a claim lie in folders named by arm and seed: one name must mean one configuration."""
+    arms: dict[str, object] = {}
+    for claim in MOHAWK.make().claims():
+        for name, (_, values) in claim.variants.items():
+            assert arms.setdefault(name, values) == values
 
 
 def test_half_precision_keeps_the_decay_precise():

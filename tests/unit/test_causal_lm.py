@@ -47,7 +47,7 @@ from stillhouse.models import (
     student_from_spec,
     train_bpe,
 )
-from stillhouse.models.scaling import _count, _resampled
+from stillhouse.models.scaling import config_parameters, _resampled
 
 PROSE = ["The quick brown fox jumps over the lazy dog, again and again. " * 5, "Zürich, 東京 and 👩‍🚀 too."]
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -191,11 +191,11 @@ NAMES = [config.model_type for config in FAMILIES]
 
 @pytest.mark.parametrize("config", FAMILIES, ids=NAMES)
 def test_scaled_student_fits_the_budget_and_runs(config):
-    budget = 0.3 * _count(config)
+    budget = 0.3 * config_parameters(config)
     student = scaled_config(config, ratio=0.3)
     model = new_causal_lm(student, seed=0)
     assert type(student) is type(config)
-    assert 0.75 * budget < parameter_count(model) == _count(student) <= budget
+    assert 0.75 * budget < parameter_count(model) == config_parameters(student) <= budget
     assert student.vocab_size == config.vocab_size
     assert torch.isfinite(model(input_ids=torch.arange(10)[None]).logits).all()
     assert len(getattr(student, "layer_types", None) or range(student.num_hidden_layers)) == student.num_hidden_layers
@@ -216,7 +216,7 @@ def test_scaled_student_fits_the_budget_and_runs(config):
 )  # fmt: skip
 def test_students_of_real_sizes_are_near_the_budget_and_in_proportion(config, ratio):
     student = scaled_config(config, ratio=ratio)
-    share = _count(student) / _count(config)
+    share = config_parameters(student) / config_parameters(config)
     assert 0.93 * ratio < share <= ratio
     depth = student.num_hidden_layers / config.num_hidden_layers
     width = student.hidden_size / config.hidden_size
@@ -237,7 +237,7 @@ def test_teacher_config_is_not_changed():
 def test_scale_one_is_the_teacher():
     config = llama(num_hidden_layers=4)
     same = scaled_config(config, ratio=1.0)
-    assert _count(same) == _count(config)
+    assert config_parameters(same) == config_parameters(config)
     assert same.num_hidden_layers == 4
 
 
@@ -249,7 +249,7 @@ def test_sizes_given_are_kept_with_and_without_ratio():
     assert student.intermediate_size == 176
     for given_sizes in ({"layers": 2}, {"hidden_size": 64, "intermediate_size": 96}, {"heads": 4}):
         student = scaled_config(config, ratio=0.4, **given_sizes)
-        assert _count(student) <= 0.4 * _count(config)
+        assert config_parameters(student) <= 0.4 * config_parameters(config)
         names = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
         for name, value in given_sizes.items():
             assert getattr(student, names.get(name, name)) == value

@@ -277,3 +277,70 @@ def left_out(audit: Artifact, *, seed: int = 0) -> Tensor:
     features = np.array(audit.json("features.json"))
     memorised = np.isin(np.arange(len(features)), audit.json("memorised.json")["student"]["memorised"])
     return torch.from_numpy(at_risk(features, memorised, seed=seed))
+
+
+# -- the onion ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def exposure(model: Any, sequences_NT: Tensor, *, prefix: int, suffix: int) -> tuple[Tensor, Tensor]:
+    """Whether each sequence is memorised (N), and the log-probability of its suffix after its prefix, nats (N).
+
+    Among the memorised, the likelier a suffix the more exposed it is.
+    """
+    model.eval()
+    whole_NT = sequences_NT[:, : prefix + suffix]
+    return extracted(model, sequences_NT, prefix=prefix, suffix=suffix), certainty(model, whole_NT, suffix)[1]
+
+
+def outer_layer(memorised_N: Tensor, log_probability_N: Tensor, share: float) -> Tensor:
+    """The most exposed of the memorised sequences, a ``share`` of them and at least one if there is any: (N), bool."""
+    ids_K = torch.nonzero(memorised_N)[:, 0]
+    count = min(len(ids_K), max(1, round(share * len(ids_K))))
+    order_K = log_probability_N[ids_K].argsort(descending=True, stable=True)
+    return torch.zeros(len(memorised_N), dtype=torch.bool).index_fill(0, ids_K[order_K[:count]], True)
+
+
+@dataclass(frozen=True)
+class Peeled:
+    """What is known of a student once layers have been taken away; ``removed`` so far, all masks of N sequences."""
+
+    removed: Tensor
+    memorised: Tensor
+
+
+def onion(layers: Sequence[Peeled]) -> Table:
+    """Which sequences become memorised when those more exposed than they are gone (Carlini et al., 2022, 2206.10469).
+
+    The first of ``layers`` is the student that has seen all; each later one has not seen ``removed``.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, layer in enumerate(layers):
+        kept = ~layer.removed
+        row: dict[str, Any] = {"name": f"layer {number} removed" if number else "all sequences"}
+        row |= {"removed": int(layer.removed.sum()), "kept": int(kept.sum())}
+        row["found"] = int((layer.memorised & kept).sum())
+        row["share"] = row["found"] / max(1, row["kept"])
+        if number:
+            before = layers[number - 1].memorised
+            row["stay"] = int((layer.memorised & kept & before).sum())
+            row["new"] = int((layer.memorised & kept & ~before).sum())
+            row["lost"] = int((~layer.memorised & kept & before).sum())
+            row["unseen"] = int((layer.memorised & layer.removed).sum())
+        rows.append(row)
+    note = "A layer is the most exposed of what is memorised; then a new student is trained without it."
+    return Table("The onion: who is memorised once the most exposed are gone", ONION, rows, [note])
+
+
+ONION = [
+    Column("removed", "removed", ",d", None, "sequences the student has not been shown"),
+    Column("kept", "shown", ",d"),
+    Column("found", "memorised", ",d", "lower", "of those shown"),
+    Column("share", "share", ".2%", "lower"),
+    Column("stay", "as before", ",d", None, "of these: memorised by the student before too"),
+    Column(
+        "new", "newly", ",d", "lower", "of these: not memorised by the student before, with more exposed ones there"
+    ),
+    Column("lost", "no longer", ",d", None, "shown, memorised before, and not any more"),
+    Column("unseen", "unseen", ",d", None, "given back though not shown: they follow a rule, or were shown in part"),
+]

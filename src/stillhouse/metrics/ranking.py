@@ -1,6 +1,8 @@
-"""How well scores put positives before negatives."""
+"""How well scores put positives before negatives, and whether two scores put things in one order."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -26,3 +28,13 @@ def macro_roc_auc(probabilities_NV: Tensor, labels_N: Tensor) -> float:
     if classes == 2:
         return roc_auc(probabilities_NV[:, 1], labels_N == 1)
     return float(np.nanmean([roc_auc(probabilities_NV[:, c], labels_N == c) for c in range(classes)]))
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Spearman's rho and Kendall's tau-b of paired scores, ties shared; nan where one of them never changes."""
+    if len(set(one)) < 2 or len(set(other)) < 2:
+        return {"spearman": float("nan"), "kendall": float("nan")}
+    return {
+        "spearman": float(stats.spearmanr(one, other).statistic),
+        "kendall": float(stats.kendalltau(one, other).statistic),
+    }

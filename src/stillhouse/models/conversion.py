@@ -5,12 +5,14 @@ type of its own (``stillhouse-llama`` for a Llama), so that nothing takes it for
 missing attention with random numbers. `load_converted` reads it back. After `register_converted` in the same process,
 ``AutoModelForCausalLM`` does so too; no code that comes with a model is run either way.
 
-A converted model computes without a key-value cache: its config and generation config say ``use_cache=False``, and
-``generate`` works as usual, reading the whole text at each token in time linear in its length.
+``generate`` works as usual, token by token: in place of keys and values each mixer keeps a state of constant size
+(`stillhouse.models.state_cache`). Where an architecture hands its layers no cache, config and generation config say
+``use_cache=False``, and the whole text is read again at each token.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -92,7 +94,7 @@ def convert(
     sizes = {"state_size": state_size, "conv_width": conv_width, "chunk": chunk, "bias": _has_bias(first)}
     config_class, model_class = converted_classes(config.model_type)
     raw = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    student = model_class(config_class.from_dict({**raw, "use_cache": False, "mixers": {"layers": layers, **sizes}}))
+    student = model_class(config_class.from_dict({**raw, "mixers": {"layers": layers, **sizes}}))
     student = student.to(teacher.dtype)
     replaced = tuple(f"{paths[index]}." for index in layers)
     carried = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(replaced)}
@@ -104,9 +106,10 @@ def convert(
         for index in layers:
             found = _projections(modules[paths[index]], inherit)
             inherit_attention(student.get_submodule(paths[index]), **found)
-    generation = type(teacher.generation_config).from_dict({**teacher.generation_config.to_dict(), "use_cache": False})
-    student.generation_config = generation
+    student.generation_config = copy.deepcopy(teacher.generation_config)
     _check_runs(student)
+    if not _keeps_states(student):
+        student.config.use_cache = student.generation_config.use_cache = False
     return student.eval()
 
 
@@ -178,7 +181,7 @@ def _put_mixers(model: PreTrainedModel, mixers: Mapping[str, Any]) -> None:
     sizes = {key: value for key, value in mixers.items() if key != "layers"}
     paths = attention_paths(model)
     for index in mixers["layers"]:
-        mixer = StateSpaceMixer(config.hidden_size, heads=heads, head_dim=head_dim, **sizes)
+        mixer = StateSpaceMixer(config.hidden_size, heads=heads, head_dim=head_dim, layer=index, **sizes)
         model.set_submodule(paths[index], mixer.to(model.dtype))
 
 
@@ -204,11 +207,28 @@ def _projections(attention: nn.Module, inherit: Inherit) -> dict[str, nn.Linear]
 @torch.no_grad()
 def _check_runs(model: PreTrainedModel) -> None:
     try:
-        model.eval()(input_ids=torch.arange(5, device=model.device)[None])
+        model.eval()(input_ids=torch.arange(5, device=model.device)[None], use_cache=False)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ModelError(
             f"{type(model).__name__}: does not run with its attention replaced ({error}); this kind is not supported"
         ) from error
+
+
+@torch.no_grad()
+def _keeps_states(model: PreTrainedModel) -> bool:
+    """Whether the architecture passes its cache on to the modules in attention's place."""
+    from transformers import DynamicCache
+
+    from stillhouse.models.state_cache import StateLayer
+
+    cache = DynamicCache()
+    try:
+        for token in range(2):
+            model(input_ids=torch.full((1, 1), token, device=model.device), past_key_values=cache, use_cache=True)
+        layers = [cache.layers[index] for index in model.config.mixers["layers"]]
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+        return False
+    return all(isinstance(layer, StateLayer) and layer.seen == 2 for layer in layers)
 
 
 class LayerByLayer(nn.Module):

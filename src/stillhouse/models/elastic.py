@@ -256,8 +256,20 @@ def extract(elastic: ElasticBert, sub: SubNetwork) -> BertModel:
 
 @functools.cache
 def slim_bert_classes() -> tuple[Any, Any, Any]:
-    """Config, encoder and masked language model of a slim BERT, known to the Auto classes from now on."""
-    from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel
+    """Config, encoder and masked language model of a slim BERT, known to the Auto classes from now on.
+
+    A classifier of sequences is known to them too.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        BertConfig,
+        BertForMaskedLM,
+        BertForSequenceClassification,
+        BertModel,
+    )
 
     class SlimBertConfig(BertConfig):
         model_type = SLIM
@@ -278,9 +290,18 @@ def slim_bert_classes() -> tuple[Any, Any, Any]:
                 super().__init__(config)
             _set_attention_width(self.bert, config)
 
+    class SlimBertForSequenceClassification(BertForSequenceClassification):
+        config_class = SlimBertConfig
+
+        def __init__(self, config: Any) -> None:
+            with _one_head(config):
+                super().__init__(config)
+            _set_attention_width(self.bert, config)
+
     AutoConfig.register(SLIM, SlimBertConfig)
     AutoModel.register(SlimBertConfig, SlimBertModel)
     AutoModelForMaskedLM.register(SlimBertConfig, SlimBertForMaskedLM)
+    AutoModelForSequenceClassification.register(SlimBertConfig, SlimBertForSequenceClassification)
     return SlimBertConfig, SlimBertModel, SlimBertForMaskedLM
 
 
@@ -324,4 +345,16 @@ def load_encoder(folder: str | Path, *, masked_lm: bool = False) -> Any:
     options = {} if masked_lm else {"add_pooling_layer": False}
     with clear_errors(str(folder)):
         model = auto.from_pretrained(str(folder), use_safetensors=True, dtype=torch.float32, **options)
+    return model.eval()
+
+
+def load_encoder_classifier(folder: str | Path) -> Any:
+    """A classifier on a BERT or a slim BERT, as `load_encoder` loads the encoder: from a directory, in eval mode."""
+    from transformers import AutoModelForSequenceClassification
+
+    slim_bert_classes()
+    with clear_errors(str(folder)):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), use_safetensors=True, dtype=torch.float32
+        )
     return model.eval()

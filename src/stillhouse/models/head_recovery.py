@@ -6,6 +6,7 @@ al. (2024, arXiv 2403.06634) and Finlayson et al. (2024, arXiv 2403.09539). Shap
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,56 @@ def recover_head(logits_NV: Tensor, *, rank: int | None = None, window: tuple[in
     found = rank or logit_rank(singular, window=window)
     weight = right[:found].T * singular[:found] / len(logits_NV) ** 0.5
     return Recovered(weight.contiguous(), singular, found)
+
+
+def recover_head_in_parts(
+    answers: Callable[[], Iterable[Tensor]],
+    vocab_size: int,
+    *,
+    sketch: int,
+    rank: int | None = None,
+    window: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Recovered:
+    """What `recover_head` finds, where N x V numbers are too many to hold or to decompose.
+
+    Every token goes into one of ``sketch`` buckets with a random sign (Clarkson and Woodruff, 2013, arXiv 1207.6365).
+    The N x ``sketch`` matrix has the rank of the answers and the same left singular space U, as long as ``sketch`` is
+    above that rank; U^T times the answers then spans their row space. Answers of exact rank are recovered exactly, as
+    without a sketch; with noise the space is that of a randomised SVD.
+
+    Args:
+        answers: gives the answers in parts (n, V), all N in the same order; it is called twice.
+        sketch: buckets; four times the width is ample. N x sketch and V x rank numbers are held.
+        rank, window: see `recover_head`; the drop is looked for in the spectrum of the sketch.
+
+    Raises:
+        DataError: too few answers or buckets to see a drop, or to hold ``rank``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bucket_V = torch.randint(sketch, (vocab_size,), generator=generator)
+    sign_V = torch.randint(2, (vocab_size,), generator=generator).double() * 2 - 1
+    small_NM = torch.cat(
+        [
+            torch.zeros(len(part), sketch, dtype=torch.float64).index_add_(1, bucket_V, part.double() * sign_V)
+            for part in answers()
+        ]
+    )
+    left, values, _ = torch.linalg.svd(small_NM, full_matrices=False)
+    found = rank or logit_rank(values, window=window)
+    if found >= min(small_NM.shape):
+        raise DataError(
+            f"{len(small_NM)} answers in {sketch} buckets do not show a width of {found}; raise queries or sketch"
+        )
+    across_VR = torch.zeros(vocab_size, found, dtype=torch.float64)
+    start = 0
+    for part in answers():
+        across_VR += part.double().T @ left[start : start + len(part), :found]
+        start += len(part)
+    column_VR, singular, _ = torch.linalg.svd(across_VR, full_matrices=False)
+    # Beyond the rank only the sketch knows the spectrum; signs of buckets keep its scale.
+    spectrum = torch.cat([singular, values[found:].clamp_max(float(singular[-1]))])
+    return Recovered((column_VR * singular / start**0.5).contiguous(), spectrum, found)
 
 
 def without_mean(matrix_VD: Tensor) -> Tensor:

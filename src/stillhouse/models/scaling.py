@@ -67,7 +67,7 @@ def scaled_config(
     teacher = _shape_of(config)
     if ratio is None:
         small = _resized(config, _widened(teacher, given))
-        _count(small)  # a model that cannot be built is refused here
+        config_parameters(small)  # a model that cannot be built is refused here
         return small
     if not 0 < ratio <= 1:
         raise ModelError(f"student: scale {ratio}: must be above 0 and at most 1")
@@ -218,7 +218,7 @@ def _heads_for(teacher: _Shape, width: int) -> int:
 
 def _search(config: PretrainedConfig, teacher: _Shape, given: dict[str, int], ratio: float) -> PretrainedConfig:
     """The best of one candidate a width: the deepest that fits."""
-    budget = ratio * _count(config)
+    budget = ratio * config_parameters(config)
     widths = [] if {"hidden_size", "heads"} & given.keys() else [{"hidden_size": width} for width in _widths(teacher)]
     shapes = [_widened(teacher, given | width) for width in widths or [{}]]
     least = given.get("layers", 1)
@@ -230,7 +230,7 @@ def _search(config: PretrainedConfig, teacher: _Shape, given: dict[str, int], ra
         )
     best = min(found, key=lambda fit: 1 - fit[0] / budget + _misproportion(teacher, fit[1]))[1]
     depths = (_resized(config, best._replace(layers=layers)) for layers in range(best.layers, least - 1, -1))
-    return next(small for small in depths if _count(small) <= budget)
+    return next(small for small in depths if config_parameters(small) <= budget)
 
 
 def _widths(teacher: _Shape) -> list[int]:
@@ -247,13 +247,13 @@ def _deepest(config: PretrainedConfig, shape: _Shape, budget: float, least: int)
 
     Two counts of few layers suffice where layers are alike or alternate; elsewhere the line is an estimate.
     """
-    first = _count(_resized(config, shape._replace(layers=least)))
+    first = config_parameters(_resized(config, shape._replace(layers=least)))
     if first > budget:
         return None
     if least >= shape.layers:
         return first, shape
     more = min(2, shape.layers - least)
-    per_layer = (_count(_resized(config, shape._replace(layers=least + more))) - first) / more
+    per_layer = (config_parameters(_resized(config, shape._replace(layers=least + more))) - first) / more
     layers = min(shape.layers, least + int((budget - first) / per_layer))
     return first + (layers - least) * per_layer, shape._replace(layers=layers)
 
@@ -272,7 +272,7 @@ def _misproportion(teacher: _Shape, shape: _Shape) -> float:
     )
 
 
-def _count(config: PretrainedConfig) -> int:
+def config_parameters(config: PretrainedConfig) -> int:
     """Parameters of a model of this config, built without memory for them."""
     from transformers import AutoModelForCausalLM
 

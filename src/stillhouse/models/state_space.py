@@ -12,13 +12,18 @@ token by token), and a scan in chunks (linear, the matrix within a chunk and the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillhouse.base.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from stillhouse.models.state_cache import StateLayer
 
 
 def log_decay(a: Tensor) -> Tensor:
@@ -79,8 +84,13 @@ class ShortConvolution(nn.Module):
         with torch.no_grad():
             self.weight[..., -1] = 1.0
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        padded_BDT = F.pad(x_BTD.transpose(1, 2), (self.weight.shape[-1] - 1, 0))
+    def forward(self, x_BTD: Tensor, before_BTD: Tensor | None = None) -> Tensor:
+        """``before``: the inputs that stood before ``x``, one fewer than there are taps; zeros by default."""
+        x_BDT = x_BTD.transpose(1, 2)
+        if before_BTD is None:
+            padded_BDT = F.pad(x_BDT, (self.weight.shape[-1] - 1, 0))
+        else:
+            padded_BDT = torch.cat([before_BTD.transpose(1, 2), x_BDT], -1)
         return F.conv1d(padded_BDT, self.weight, self.bias, groups=len(self.weight)).transpose(1, 2)
 
 
@@ -97,9 +107,11 @@ class StateSpaceMixer(nn.Module):
         conv_width: taps of the convolutions.
         bias: biases in the projections of x, B, C and out, where the attention has them.
         chunk: tokens per chunk of `scan`.
+        layer: which layer of a cache is this mixer's.
 
     It is called as ``transformers`` calls an attention module, with keyword arguments, and returns (out, None).
     ``attention_mask`` tells padding (2D, or the diagonal of a 4D mask); padded tokens leave no trace in the state.
+    With ``past_key_values`` it goes on from the state kept there: see `stillhouse.models.state_cache`.
     """
 
     OPENS_GATE = 1.2784645427610738  # silu(OPENS_GATE) = 1
@@ -116,9 +128,11 @@ class StateSpaceMixer(nn.Module):
         conv_width: int = 4,
         bias: bool = False,
         chunk: int = 64,
+        layer: int = 0,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.state_size, self.chunk = heads, head_dim, state_size, chunk
+        self.layer = layer
         inner, state = heads * head_dim, heads * state_size
         self.x_proj = nn.Linear(width, inner, bias=bias)
         self.b_proj = nn.Linear(width, state, bias=bias)
@@ -144,12 +158,20 @@ class StateSpaceMixer(nn.Module):
             linear.weight.mul_(self.state_size**-0.25)
         self.z_proj.weight.zero_()
 
-    def _parts(self, u_BTD: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(
+        self, u_BTD: Tensor, mask_BT: Tensor | None, kept: StateLayer | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, H, P), B and C (B, T, H, N), log alpha (B, T, H)."""
         keep = 1.0 if mask_BT is None else mask_BT[..., None].to(u_BTD.dtype)
-        x = self.x_conv(self.x_proj(u_BTD) * keep) * keep
-        B = self.b_conv(self.b_proj(u_BTD) * keep)
-        C = self.c_conv(self.c_proj(u_BTD) * keep)
+
+        def convolved(name: str, projection: nn.Linear, convolution: ShortConvolution) -> Tensor:
+            inputs_BTD = projection(u_BTD) * keep
+            count = convolution.weight.shape[-1] - 1
+            return convolution(inputs_BTD, None if kept is None else kept.before(name, inputs_BTD, count))
+
+        x = convolved("x", self.x_proj, self.x_conv) * keep
+        B = convolved("B", self.b_proj, self.b_conv)
+        C = convolved("C", self.c_proj, self.c_conv)
         by_head = (*u_BTD.shape[:2], self.heads, -1)
         return x.view(by_head), B.view(by_head), C.view(by_head), log_decay(self.a_proj(u_BTD).float())
 
@@ -159,27 +181,39 @@ class StateSpaceMixer(nn.Module):
         return mixing_matrix(C, B, log_alpha, self.D)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **_: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
-        if past_key_values is not None:
-            raise ModelError(
-                "state-space mixers keep no key-value cache; pass use_cache=False (the converted model's own default)"
-            )
-        x, B, C, log_alpha = self._parts(hidden_states, padding(attention_mask))
-        y, _state = scan(x, B, C, log_alpha, chunk=self.chunk)
+        kept = None if past_key_values is None else _state_in(past_key_values, self.layer)
+        tokens = hidden_states.shape[1]
+        x, B, C, log_alpha = self._parts(hidden_states, padding(attention_mask, tokens), kept)
+        begun = None if kept is None else kept.state
+        y, state = scan(x, B, C, log_alpha, chunk=self.chunk, state_BHNP=begun)
+        if kept is not None:
+            kept.advance(state, tokens)
         y = y + self.D[:, None] * x
         gate = F.silu(self.z_proj(hidden_states) + self.z_bias)
         return self.out_proj(y.flatten(2) * gate), None
 
 
-def padding(mask: Tensor | None) -> Tensor | None:
+def _state_in(cache: Cache, layer: int) -> StateLayer:
+    from stillhouse.models.state_cache import state_layer  # brings transformers along
+
+    return state_layer(cache, layer)
+
+
+def padding(mask: Tensor | None, tokens: int) -> Tensor | None:
     """1 on tokens and 0 on padding, (B, T), from what ``transformers`` hands to attention modules; None: no padding.
 
-    A token always sees itself, whatever the window of its attention, so a 4D mask tells padding on its diagonal.
+    A mask may also speak of earlier tokens, before the last ``tokens``. A token always sees itself, whatever the window
+    of its attention, so a 4D mask tells padding on its diagonal.
     """
     if mask is None or mask.ndim == 2:
-        return mask
-    diagonal_BT = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return None if mask is None else mask[:, -tokens:]
+    diagonal_BT = mask[:, 0].diagonal(mask.shape[-1] - tokens, dim1=-2, dim2=-1)
     return diagonal_BT if mask.dtype == torch.bool else diagonal_BT == 0
 
 

@@ -5,10 +5,16 @@ Shapes: N answers, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import base64
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +29,7 @@ from stillhouse.models.head_recovery import (
     low_rank_completion,
     principal_cosines,
     recover_head,
+    recover_head_in_parts,
     without_mean,
 )
 from stillhouse.tasks.language import LanguageTask
@@ -30,11 +37,30 @@ from stillhouse.tasks.language_cache import teacher_from_cache
 from stillhouse.teachers.cache import Numbered
 from stillhouse.teachers.logit_api import LogitAPI
 
+WHOLE = 2**27  # logits that are decomposed as one matrix: a gigabyte
+SKETCH = 4096  # buckets where the width is not known
+
 
 def random_prompts(count: int, tokens: int, vocab_size: int, *, seed: int) -> list[list[int]]:
     """Prompts of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (count, tokens), generator=generator).tolist()
+
+
+def read_answers(file: Path) -> Iterator[Tensor]:
+    """The answers that `LogitAPI.everything` gave, as a stage wrote them down: in parts (n, V), in order."""
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=["values"]):
+        rows = [np.frombuffer(base64.b64decode(text), "<f8") for text in batch["values"].to_pylist()]
+        yield torch.from_numpy(np.stack(rows))
+
+
+def recover(file: Path, vocab_size: int, *, rank: int | None, sketch: int | None, seed: int) -> Recovered:
+    """The output matrix behind written answers: whole, or through a sketch if one is wanted or they are too many."""
+    count = pq.ParquetFile(file).metadata.num_rows
+    if sketch is None and count * vocab_size <= WHOLE:
+        return recover_head(torch.cat(list(read_answers(file))), rank=rank)
+    buckets = sketch or min(vocab_size, 4 * rank if rank else SKETCH)
+    return recover_head_in_parts(partial(read_answers, file), vocab_size, sketch=buckets, rank=rank, seed=seed)
 
 
 def true_cosines(model: nn.Module, found_VR: Tensor, vocab_size: int) -> Tensor:
@@ -62,12 +88,32 @@ def read_leak(task: LanguageTask, top_k: int | None) -> Generator[Stage, Artifac
     return Kept((yield from teacher_from_cache(task, k=top_k)))
 
 
+class _Answered(nn.Module):
+    """A model's next-token logits of known prompts, worked out once: many interfaces to it are asked the same."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # tells callers where inputs belong
+        self.numbers = {tuple(prompt): number for number, prompt in enumerate(prompts)}
+        device, found = next(model.parameters()).device, []
+        with torch.no_grad():
+            for start in range(0, len(prompts), 32):
+                ids = torch.tensor(list(prompts[start : start + 32]), device=device)
+                found.append(model(input_ids=ids).logits[:, -1, :vocab_size].float().cpu())
+        self.logits_NV = torch.cat(found)
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        rows = [self.numbers[tuple(prompt)] for prompt in input_ids.tolist()]
+        return SimpleNamespace(logits=self.logits_NV[rows][:, None])
+
+
 def defences(task: LanguageTask, context: Context, *, top_k: int, prompts: list[list[int]]) -> Table:
     """How much of the output matrix is recovered as an interface shows less: the auditor's table.
 
     Interfaces without bias are attacked by low-rank completion at the true width, which helps the attacker.
     """
-    own = task.teacher.get_output_embeddings().weight  # type: ignore[operator]
+    victim = _Answered(task.teacher, prompts, task.vocab_size)
+    own = task.teacher.get_output_embeddings().weight
     width = own.shape[1]
     half = max(2, top_k // 2)
     settings: dict[str, dict[str, Any]] = {
@@ -84,7 +130,7 @@ def defences(task: LanguageTask, context: Context, *, top_k: int, prompts: list[
     }
     rows: list[dict[str, Any]] = []
     for name, options in settings.items():
-        api = LogitAPI(task.teacher, task.vocab_size, **options)
+        api = LogitAPI(victim, task.vocab_size, **options)
         found = _attack(api, prompts, width)
         cosines = true_cosines(task.teacher, found.weight, task.vocab_size)
         rank = float((cosines > 0.99).sum())

@@ -8,15 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from stillhouse.audits.memorisation import greedy_continuations, memorisation_audit
+from stillhouse.audits.memorisation import (
+    Peeled,
+    exposure,
+    greedy_continuations,
+    memorisation_audit,
+    onion,
+    outer_layer,
+)
+from stillhouse.base.table import Table
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
-from stillhouse.core.stage import Audit, Generate, Stage
+from stillhouse.core.stage import Audit, Context, Generate, Stage
 from stillhouse.core.train import Train
 from stillhouse.data.sources import Batches
 from stillhouse.data.windows import WindowSplit
@@ -77,3 +86,52 @@ def extraction(
         return task.tokenizer.batch_decode(sequences_NT)
 
     return memorisation_audit(name, load, sequences_NT, texts, prefix=prefix, suffix=suffix, repeats=repeats)
+
+
+def peeled(
+    task: LanguageTask,
+    sequences_NT: Tensor,
+    student: Artifact,
+    train: Callable[..., Train],
+    layers: int,
+    share: float,
+    *,
+    prefix: int,
+    suffix: int,
+) -> Generator[Stage, Artifact, None]:
+    """Take the most exposed memorised sequences away and train anew, ``layers`` times; a table of who is memorised.
+
+    Args:
+        student: the model that has seen all sequences.
+        train: with ``name`` and ``kept``, a stage that trains its like on the sequences of the mask ``kept`` (N).
+        share: of the memorised, that a layer takes away.
+    """
+
+    def look(artifact: Artifact, context: Context) -> dict[str, list[float]]:
+        memorised, likely = exposure(task.load(artifact), sequences_NT, prefix=prefix, suffix=suffix)
+        context.results = {"memorised": float(memorised.float().mean())}
+        return {"memorised": memorised.int().tolist(), "log_probability": likely.tolist()}
+
+    removed = torch.zeros(len(sequences_NT), dtype=torch.bool)
+    found: list[Peeled] = []
+    for layer in range(layers + 1):
+        seen = (yield Audit(f"exposed-{layer}", partial(look, student))).json()
+        memorised = torch.tensor(seen["memorised"]).bool()
+        found.append(Peeled(removed.clone(), memorised))
+        outer = outer_layer(memorised & ~removed, torch.tensor(seen["log_probability"]), share)
+        if layer == layers or not outer.any():
+            break
+        removed |= outer
+        student = yield train(name=f"peeled-{layer + 1}", kept=~removed)
+
+    def table(context: Context) -> Table:
+        made = onion(found)
+        context.results = {
+            f"{number}/{key}": float(value)
+            for number, row in enumerate(made.rows)
+            for key, value in row.items()
+            if key != "name"
+        }
+        return made
+
+    yield Audit("onion", table)

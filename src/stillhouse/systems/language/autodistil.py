@@ -17,7 +17,9 @@ from stillhouse.models.subspaces import SPACES, SubSpace
 from stillhouse.objectives.relations import RelationForm
 from stillhouse.tasks.elastic import Budget, ElasticTask, Search, mean_relation_loss
 from stillhouse.tasks.encoder import EncoderSystem
+from stillhouse.tasks.encoder_transfer import fine_tuning, labelled_task, ranking
 from stillhouse.tasks.experiments import Experiment
+from stillhouse.tasks.text_classification import TextClassificationTask
 
 
 @dataclass(kw_only=True)
@@ -55,6 +57,8 @@ class AutoDistil(EncoderSystem):
         "max_parameters": 300_000,
         "finetune_steps": 200,
         "finetune_lr": 1e-3,
+        "glue": ("demo",),
+        "glue_examples": 300,
     }
     smoke: ClassVar = {
         "demo_steps": 10,
@@ -69,6 +73,9 @@ class AutoDistil(EncoderSystem):
         "finetune_steps": 12,
         "finetune_batch_size": 4,
         "probes": ("2/2/16/2",),
+        "ranked": 3,
+        "ranked_steps": 4,
+        "glue_examples": 32,
     }
 
     spaces: Annotated[tuple[str, ...], "sub-spaces, NAME: layers=4-7 heads=7-10 hidden=128-224 ratio=2-3.5"] = SPACES
@@ -91,6 +98,10 @@ class AutoDistil(EncoderSystem):
     finetune_steps: Annotated[int | None, "steps of fine-tuning; by default what the epochs need", Ge(1)] = None
     finetune_lr: Annotated[float, "learning rate of fine-tuning", Gt(0)] = 2e-5
     finetune_batch_size: Annotated[int, "sequences in a batch of fine-tuning", Ge(1)] = 32
+    glue: Annotated[tuple[str, ...], "labelled text to fine-tune on too: files, folders, nyu-mll/glue:rte, demo"] = ()
+    glue_examples: Annotated[int | None, "labelled examples at most; none: all", Ge(8)] = None
+    ranked: Annotated[int, "sub-networks to train alone, to see whether inherited losses rank them", Ge(0)] = 0
+    ranked_steps: Annotated[int, "steps in which each of them is", Ge(1)] = 1000
     probes: Annotated[tuple[str, ...], "more sub-networks to report on, layers/heads/hidden/ratio"] = ()
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
@@ -113,11 +124,28 @@ class AutoDistil(EncoderSystem):
         steps = self.finetune_steps or task.steps_of(self.finetune_epochs, batch_size=size)
         student = yield task.finetune("student", found, steps=steps, lr=self.finetune_lr, batch_size=size)
         yield Evaluate("evaluation", partial(task.evaluation, homes, spaces, {"student": student}, found, self.probes))
+        labelled = [self._labelled(task, data) for data in self.glue]
+        for number, one in enumerate(labelled):
+            yield from fine_tuning(task, one, found, f"glue-{number + 1}")
+        if self.ranked:
+            first = labelled[0] if labelled else None
+            yield from ranking(task, homes, spaces, first, count=self.ranked, steps=self.ranked_steps)
+
+    def _labelled(self, task: ElasticTask, data: str) -> TextClassificationTask:
+        return labelled_task(
+            task,
+            data,
+            lr=self.finetune_lr,
+            epochs=self.finetune_epochs,
+            steps=self.finetune_steps,
+            batch_size=self.finetune_batch_size,
+            examples=self.glue_examples,
+        )
 
     def claims(self) -> list[Claim]:
         tiny, large = ("2/2/16/2", "3/3/32/3"), ("4/4/64/3", "6/6/80/4")
         union = "union: layers=2-6 heads=2-6 hidden=16-80 ratio=2-4"
-        common = {"probes": (*tiny, *large), "steps": 300, "eval_windows": 64, "finetune_steps": 1}
+        common = {"probes": (*tiny, *large), "steps": 300, "eval_windows": 64, "finetune_steps": 1, "glue": ()}
         arms = {
             "two sub-spaces": common,
             "one space": {**common, "spaces": (union,), "choices": 5},

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 from annotated_types import Ge, Gt
@@ -23,11 +22,11 @@ from stillhouse.core.stage import Audit, Context, Evaluate, Generate, Stage, Tra
 from stillhouse.core.system import Claim, Meta
 from stillhouse.losses.divergences import ForwardKL
 from stillhouse.metrics.representations import linear_cka, procrustes_match
-from stillhouse.models.head_recovery import recover_head, with_frozen_head
+from stillhouse.models.head_recovery import with_frozen_head
 from stillhouse.objectives.cached import CachedTokenMatch
 from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
-from stillhouse.tasks.leakage import defences, random_prompts, read_leak, true_cosines
+from stillhouse.tasks.leakage import defences, random_prompts, read_leak, recover, true_cosines
 from stillhouse.teachers.logit_api import LogitAPI, QueryBudget
 
 
@@ -73,6 +72,9 @@ class LogitLeakage(LanguageSystem):
     bias: Annotated[float, "logit bias that brings tokens into view", Gt(0)] = 100.0
     budget: Annotated[int | None, "most calls to the interface", Ge(1)] = None
     width: Annotated[int | None, "the model's width, where it is known; else found", Ge(1)] = None
+    sketch: Annotated[
+        int | None, "buckets that tokens are summed in before the SVD; by itself if V is large", Ge(2)
+    ] = None
     head: Annotated[
         Literal["recovered", "random", "trained"],
         "the clone's output matrix: recovered, random, recovered and trained on",
@@ -121,16 +123,14 @@ class LogitLeakage(LanguageSystem):
         return {"calls": api.calls_for_all(), "values": base64.b64encode(values.tobytes()).decode()}
 
     def _recover(self, task: LanguageTask, answers: Artifact, context: Context) -> None:
-        table = pq.read_table(answers.data_file())
-        rows = [np.frombuffer(base64.b64decode(text), "<f8") for text in table["values"].to_pylist()]
-        leaked = torch.from_numpy(np.stack(rows))
-        found = recover_head(leaked, rank=self.width)
+        file = answers.data_file()
+        found = recover(file, task.vocab_size, rank=self.width, sketch=self.sketch, seed=self.seed)
         cosines = true_cosines(task.teacher, found.weight, task.vocab_size)
         context.results = {
             "width": found.rank,
             "gap": found.gap,
             "cosine": float(cosines.mean()),
-            "calls": float(sum(table["calls"].to_pylist())),
+            "calls": float(sum(pq.read_table(file, columns=["calls"])["calls"].to_pylist())),
         }
 
         def save(_: Any, folder: Any) -> None:

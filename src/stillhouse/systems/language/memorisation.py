@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from stillhouse.audits.memorisation import left_out
@@ -23,7 +23,7 @@ from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.tasks.canaries import canary_task
 from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
-from stillhouse.tasks.memorisation import continued, extraction, taught, train_on
+from stillhouse.tasks.memorisation import continued, extraction, peeled, taught, train_on
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class Memorisation(LanguageSystem):
     """Memorization dynamics in knowledge distillation for language models.
 
     Teacher, baseline (the student's size, on the text) and students (on the teacher's distributions: "soft"; on its
-    greedy continuations: "hard") are trained on the same sequences, and asked for them word for word.
+    greedy continuations: "hard") see the same sequences, and are asked for them word for word.
     """
 
     meta = Meta(
@@ -57,23 +57,21 @@ class Memorisation(LanguageSystem):
         "weight_decay": 0.0,
         "keep": "last",
     }
-    smoke: ClassVar = {"prefix": 6, "suffix": 4, "repeats": 3, "filtered": True}
+    smoke: ClassVar = {"prefix": 6, "suffix": 4, "repeats": 3, "filtered": True, "onion": 1}
 
     window: Annotated[int, "tokens in a training sequence", Ge(8)] = 256
     lr: Annotated[float, "peak learning rate of AdamW", Gt(0)] = 5e-5
     epochs: Annotated[float, "passes of the baseline and the students over the data", Gt(0)] = 4.0
-    teacher_epochs: Annotated[float, "passes of the teacher over the data before it teaches; 0: it is ready", Ge(0)] = (
-        3.0
-    )
+    teacher_epochs: Annotated[float, "passes of the teacher over the data first; 0: it is ready", Ge(0)] = 3.0
     temperature: Annotated[float, "softens both distributions", Gt(0)] = 2.0
-    learns: Annotated[
-        Literal["soft", "hard", "text"], "what the student learns from; text: as the baseline, with another order"
-    ] = "soft"
+    learns: Annotated[Literal["soft", "hard", "text"], "from what; text: as the baseline, in another order"] = "soft"
     also: Annotated[Literal["none", "soft", "hard"], "a further student"] = "hard"
     prefix: Annotated[int, "tokens a model is given", Ge(1)] = 50
     suffix: Annotated[int, "tokens it must give back", Ge(1)] = 50
     repeats: Annotated[int, "splits the risk predictor is tested on", Ge(1)] = 100
     filtered: Annotated[bool, "also train a student without the sequences at risk"] = False
+    onion: Annotated[int, "layers of what is most exposed to take away, with a new student after each", Ge(0)] = 0
+    layer: Annotated[float, "share of the memorised sequences in a layer", Gt(0), Le(1)] = 0.5
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         task = yield from canary_task(self, run) if self.is_demo() else LanguageTask.prepare(self, run)
@@ -88,12 +86,16 @@ class Memorisation(LanguageSystem):
             if way != "none":
                 models[name] = yield self._student(task, name, way, hard)
         yield task.evaluation(models)
+        lengths: dict[str, Any] = {"prefix": self.prefix, "suffix": self.suffix}
         audit = partial(extraction, task, sequences, prefix=self.prefix, suffix=self.suffix, repeats=self.repeats)
         found = yield audit("audit", models)
         if self.filtered:
             kept = ~left_out(found, seed=self.seed)
             cleaned = models | {"filtered": (yield self._student(task, "filtered", self.learns, hard, kept))}
             yield audit("audit-filtered", cleaned)
+        if self.onion:
+            anew = partial(self._student, task, way=self.learns, hard=hard)
+            yield from peeled(task, sequences, models["student"], anew, self.onion, self.layer, **lengths)
 
     def _student(
         self, task: LanguageTask, name: str, way: str, hard: Tensor | None, kept: Tensor | None = None
@@ -117,14 +119,12 @@ class Memorisation(LanguageSystem):
             replace(trained, stage="audit").claim(
                 "a student trained on the teacher's distributions memorises less of the training text than one "
                 "of its size trained on the text",
-                "share of training sequences given back word for word",
-                "student/memorised",
+                *("share of training sequences given back word for word", "student/memorised"),
                 **less,
             ),
             trained.claim(
                 "and it predicts held-out text better",
-                "loss on held-out text, nats per token",
-                "student/val_loss",
+                *("loss on held-out text, nats per token", "student/val_loss"),
                 **less,
             ),
         ]

@@ -18,7 +18,7 @@ from stillhouse.losses.divergences import ForwardKL
 from stillhouse.models.conversion import Inherit
 from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.objectives.layerwise import hidden_alignment, matrix_orientation
-from stillhouse.tasks.converted import Aligned, ConvertedTask
+from stillhouse.tasks.converted import Aligned, ConvertedTask, Embedded, stage_arms
 from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.language import LanguageSystem
 
@@ -61,9 +61,7 @@ class MOHAWK(LanguageSystem):
     alignment: Annotated[float, "share of the steps in stage 2, on hidden states", Ge(0), Lt(1)] = 0.16 / 3
     state_size: Annotated[int, "size of a head's state", Ge(1)] = 64
     conv_width: Annotated[int, "taps of the short convolutions", Ge(1)] = 4
-    attention_layers: Annotated[list[int] | None, "layers that keep their attention (a hybrid), such as 5,11,17,23"] = (
-        None
-    )
+    attention_layers: Annotated[list[int] | None, "layers that keep their attention, such as 5,11,17,23"] = None
     inherit: Annotated[Inherit, "what mixers get from the attention: nothing, W_V and W_O, or all projections"] = "none"
     align: Annotated[Aligned, "stage 2 compares the outputs of the mixers, or of whole layers"] = "mixer"
     orientation_window: Annotated[int | None, "tokens of a window that stage 1 reads; maps are quadratic in it"] = None
@@ -73,11 +71,12 @@ class MOHAWK(LanguageSystem):
     warmup: Annotated[float, "share of a stage over which the learning rate rises", Ge(0), Lt(1)] = 0.1
     weight_decay: Annotated[float, "decoupled weight decay", Ge(0)] = 0.1
     beta2: Annotated[float, "AdamW's second momentum", Gt(0), Lt(1)] = 0.95
+    embedded: Annotated[Embedded, "the embedded task: words, or a smaller teacher of characters"] = "words"
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         if self.orientation + self.alignment >= 1:
             raise ConfigError("mohawk: orientation and alignment together must leave steps for stage 3 (below 1)")
-        task = yield from ConvertedTask.prepare(self, run)
+        task = yield from ConvertedTask.prepare(self, run, embedded=self.embedded)
         latest = converted = yield task.converted(
             self.attention_layers or [], state_size=self.state_size, conv_width=self.conv_width, inherit=self.inherit
         )
@@ -104,27 +103,22 @@ class MOHAWK(LanguageSystem):
         yield task.evaluation(models)
 
     def claims(self) -> list[Claim]:
-        common = {"steps": 120, "batch_size": 8, "eval_windows": 16, "baseline": False, "keep": "last"}
         # A teacher's weights in the mixers would be a head start that hides what the stages do: they begin at random.
-        common["inherit"] = "none"
-        arms = {
-            "three stages": common,
-            "stages 2 and 3": {**common, "orientation": 0.0, "alignment": 0.5},
-            "stage 3 alone": {**common, "orientation": 0.0, "alignment": 0.0},
-        }
-        budget = "120 steps in all stages together, equal batches, learning rates and initial mixers"
-        claim = partial(Experiment("mohawk", arms, budget).claim, method="three stages", higher_is_better=False)
+        common = {"eval_windows": 16, "baseline": False, "keep": "last", "inherit": "none"}
+        few, many = {"steps": 120, "batch_size": 8}, {"steps": 450, "embedded": "characters"}  # many: the card's check
         kl = ("mean KL(teacher || student) on held-out text, nats per token", "student/kl")
-        return [
-            claim(
+        claims = []
+        for values, on, where in ((few, "", ""), (many, ", characters", ", in a small model of characters")):
+            budget = f"{values['steps']} steps in all stages together, equal batches, learning rates and initial mixers"
+            experiment = Experiment("mohawk", stage_arms(on, **common, **values), budget)
+            claim = partial(experiment.claim, method=f"three stages{on}", higher_is_better=False)
+            alone = (
                 "matching mixing matrices and hidden states first brings the state-space student closer to its "
-                "attention teacher than distilling the logits alone",
-                *kl,
-                baseline="stage 3 alone",
-            ),
-            claim(
-                "matching the mixing matrices before the hidden states is better than the hidden states alone",
-                *kl,
-                baseline="stages 2 and 3",
-            ),
-        ]
+                f"attention teacher than distilling the logits alone{where}"
+            )
+            before = (
+                f"matching the mixing matrices before the hidden states is better than the hidden states alone{where}"
+            )
+            claims.append(claim(alone, *kl, baseline=f"stage 3 alone{on}"))
+            claims.append(claim(before, *kl, baseline=f"stages 2 and 3{on}"))
+        return claims
