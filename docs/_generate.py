@@ -12,6 +12,7 @@ from typing import Any
 
 from stillhouse.base.files import read_json
 from stillhouse.catalogue import in_words, rows
+from stillhouse.navigation import coverage, coverage_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "claims"
@@ -78,12 +79,23 @@ def claim_section(record: dict[str, Any]) -> str:
     )
 
 
+def coverage_section(systems: list[dict[str, Any]]) -> str:
+    """Who elicits what, and by which algorithm it is learnt; cells without a system are gaps."""
+    head = ["elicitation", "algorithm", "count", "systems"]
+    return (
+        "## Coverage\n\nWhat is elicited from the teacher, and how it is learnt (Xu et al., 2024, arXiv 2402.13116): "
+        "`stillhouse systems --matrix`. `stillhouse choose ELICITATION ALGORITHM` gives the command for a cell.\n\n"
+        + table(head, coverage_lines(coverage(systems)))
+    )
+
+
 def page() -> str:
     """The content of ``docs/systems.md``."""
     parts = [HEAD]
     by_domain = sorted(rows(), key=lambda one: one["domain"])
     for domain, systems in groupby(by_domain, key=lambda one: one["domain"]):
         parts.append(f"## {domain.capitalize()}\n\n{systems_section(list(systems))}")
+    parts.append(coverage_section(by_domain))
     records = [record for one in by_domain for record in claims_of(one["name"])]
     if records:
         parts.append("## Claims\n\n" + "\n".join(map(claim_section, records)))

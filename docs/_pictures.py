@@ -31,10 +31,15 @@ from stillhouse.data.rationales import cot_prompt
 from stillhouse.data.reasoning import ArithmeticChain, KnightsAndKnaves
 from stillhouse.data.shapes import Shapes
 from stillhouse.data.text import load_text
-from stillhouse.data.toy_languages import KINDS, languages
+from stillhouse.data.toy_languages import KINDS, languages, vocabulary
 from stillhouse.models import train_bpe
 from stillhouse.models.masked import visible_patches
+from stillhouse.models.word_tokenizer import word_tokenizer
+from stillhouse.tasks import corrective_walk
 from stillhouse.tasks.canaries import LETTERS, Canaries, make_language
+from stillhouse.tasks.encoder import demo_text
+from stillhouse.tasks.long_context import Lexicon, make_document
+from stillhouse.tasks.long_context_pictures import documents_picture
 from stillhouse.tasks.pictures import sample_picture
 from stillhouse.tasks.reasoning_text import demo_questions, demo_rule
 from stillhouse.tasks.segmentation_pictures import draw_masks
@@ -207,7 +212,7 @@ def federation(clients: int = 6, count: int = 18) -> str:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def demo_text(vocab_size: int, **options: Any) -> tuple[Any, list[list[int]]]:
+def tokenised_docs(vocab_size: int, **options: Any) -> tuple[Any, list[list[int]]]:
     """A tokenizer as the embedded task trains it, and what becomes of the text."""
     texts = load_text("demo").documents["text"]
     tokenizer = train_bpe(texts, vocab_size=vocab_size, **options)
@@ -221,7 +226,7 @@ def readable(tokenizer: Any, token: int) -> str:
 
 def language() -> str:
     """Text in the embedded teacher's tokens, darker the rarer they are."""
-    tokenizer, documents = demo_text(2048)
+    tokenizer, documents = tokenised_docs(2048)
     counts = torch.bincount(torch.tensor([token for own in documents for token in own]))
     shades = ("#e4ebf2", "#c9d8e8", "#a9c3dd", "#86abcf")
     order = counts.argsort(descending=True).argsort()
@@ -235,16 +240,14 @@ def language() -> str:
 
 def encoder() -> str:
     """Text as the embedded encoder is to fill it in."""
-    special = ("<|endoftext|>", "<mask>")
-    tokenizer, documents = demo_text(320, special_tokens=special)
-    windows = [documents[1][start : start + 32] for start in range(0, 4096, 32)]
-    windows.sort(key=lambda own: sum(not tokenizer.decode([one]).strip().isalpha() for one in own))  # prose, no tables
-    ids = torch.tensor(windows[:5])
+    tokenizer = word_tokenizer(vocabulary(languages(1)))
+    document = tokenizer(demo_text().documents["text"][0], add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(document[: 5 * 20]).view(5, 20)
     seen, labels = mask_tokens(
         ids,
-        mask_id=tokenizer.convert_tokens_to_ids("<mask>"),
+        mask_id=tokenizer.mask_token_id,
         vocab_size=len(tokenizer),
-        special=tokenizer.convert_tokens_to_ids(list(special)),
+        special=tokenizer.all_special_ids,
         rate=0.15,
         generator=torch.Generator().manual_seed(0),
     )
@@ -252,7 +255,7 @@ def encoder() -> str:
         [
             (readable(tokenizer, token), FAINT, "")
             if label == IGNORED
-            else (readable(tokenizer, token).replace("<mask>", "____"), MARKED, readable(tokenizer, label))
+            else (readable(tokenizer, token).replace(tokenizer.mask_token, "____"), MARKED, readable(tokenizer, label))
             for token, label in zip(own, wanted, strict=True)
         ]
         for own, wanted in zip(seen.tolist(), labels.tolist(), strict=True)
@@ -326,16 +329,50 @@ def pretraining(count: int = 5) -> str:
     return table(("prompt", "answer", "worse answer, for DPO"), rows, (34, 40, 40))
 
 
+def pushed_walks() -> str:
+    """The expert's walks, and where the teacher sends one who was pushed off them."""
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    walks = corrective_walk.walks(60, torch.Generator().manual_seed(0))
+    chosen = [walk for walk in walks.tolist() if abs(walk[1] - walk[3]) > 5][:3]
+    for number, walk in enumerate(chosen):
+        axes = figure.add_subplot(1, 3, number + 1)
+        start, target, path = walk[1], walk[3], [walk[1], *walk[5:]]
+        axes.axhline(target, color="0.75", linestyle=":", label="target")
+        axes.plot(path, color="#3564a8", marker="o", markersize=3, label="the expert's walk")
+        place = torch.tensor([(start + 5) % corrective_walk.POSITIONS])
+        back = [path[3], int(place)]
+        for _ in range(4):
+            place = corrective_walk.expert(place, torch.tensor([target]))
+            back.append(int(place))
+        axes.plot(range(3, 9), back, color="#c2503c", marker="o", markersize=3, linestyle="--", label="after a push")
+        axes.set(xlabel="step", ylim=(-0.5, corrective_walk.POSITIONS - 0.5))
+        if not number:
+            axes.set_ylabel("position")
+            axes.legend(fontsize=7, frameon=False)
+    return svg(figure)
+
+
+def long_documents() -> str:
+    """A document of each of the tagging tasks, its entities marked."""
+    lexicon = Lexicon.of(demo_text().documents["text"])
+    sizes = {"short-ner": 30, "long-ner": 60, "retrieval": 60}
+    return documents_picture(
+        {task: make_document(task, words, lexicon, random.Random(0)) for task, words in sizes.items()}
+    )
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "agents": agents,
     "canaries": canaries,
     "condensation": condensation,
+    "corrective-walk": pushed_walks,
     "densities": densities,
     "encoder": encoder,
     "federation": federation,
     "glyphs": lambda: sample_picture({"glyphs": glyphs("train", count=64).pixels}),
     "graphs": lambda: graphs(molecules(40, seed=0)),
     "language": language,
+    "long-context": long_documents,
     "masked-images": masked_images,
     "pretraining": pretraining,
     "questions": questions,

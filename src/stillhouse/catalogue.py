@@ -19,7 +19,7 @@ from stillhouse.systems import all_systems, get_system
 RESULTS = Path("results/claims")  # of the current folder; verdicts shown come from the checkout otherwise
 CHECKOUT = Path(__file__).parents[2] / RESULTS
 
-EXTRAS = ("wandb", "mlflow", "trackio", "deepspeed", "peft", "trl")
+EXTRAS = ("wandb", "mlflow", "trackio", "deepspeed", "peft", "usearch", "trl")
 
 
 def verdict(name: str) -> str | None:

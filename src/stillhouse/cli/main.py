@@ -16,6 +16,8 @@ from rich.table import Table as RichTable
 
 from stillhouse.base.errors import ConfigError, RunError, StillhouseError, suggest
 from stillhouse.base.taxonomy import AXES
+from stillhouse.cli.advise import advise
+from stillhouse.cli.choose import choose
 
 app = typer.Typer(
     name="stillhouse",
@@ -25,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(advise, name="advise")
+app.command()(choose)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
@@ -157,13 +161,25 @@ def systems(
     knowledge: Annotated[str, _filter("knowledge")] = "",
     scheme: Annotated[str, _filter("scheme")] = "",
     modality: Annotated[str, _filter("modality")] = "",
+    skill: Annotated[str, _filter("skill")] = "",
+    vertical: Annotated[str, _filter("vertical")] = "",
+    role: Annotated[str, _filter("role")] = "",
+    matrix: Annotated[bool, typer.Option("--matrix", help="Names by elicitation and algorithm, and the gaps.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the systems, by any axis of the taxonomy."""
     from stillhouse.catalogue import in_words, rows
+    from stillhouse.navigation import coverage, coverage_lines
 
     wanted = {name: value for name, value in locals().items() if name in FILTERS and value}
     found = rows(**wanted)
+    if matrix:
+        covered = coverage(found)
+        if as_json:
+            _print([{"elicitation": e, "algorithm": a, "systems": names} for (e, a), names in covered.items()])
+            return
+        _table(["elicitation", "algorithm", "count", "systems"], coverage_lines(covered))
+        return
     if as_json:
         _print(found)
         return
@@ -175,14 +191,16 @@ def systems(
 def show(name: str, as_json: Json = False) -> None:
     """Describe a system: what it is, its fields, the paper's values and the demo's."""
     from stillhouse.catalogue import describe, in_words
+    from stillhouse.navigation import nearest
 
-    found = describe(name)
+    found = {**describe(name), "nearest": nearest(name)}
     if as_json:
         _print(found)
         return
     print(f"{found['title']} ({name})\n{found['citation']}\n\n{found['doc']}\n")
     print("\n".join(f"{axis}: {in_words(found[axis])}" for axis in ("domain", "family", *AXES)))
-    print(f"verdict: {found['verdict'] or 'not checked'}\n")
+    print(f"verdict: {found['verdict'] or 'not checked'}")
+    print("nearest: " + ", ".join(f"{other} {shared:.2f}" for other, shared in found["nearest"].items()) + "\n")
     rows = [
         [f["name"], f["type"], str(f["default"]), str(f["demo"]) if f["demo"] is not None else "", f["help"]]
         for f in found["fields"]

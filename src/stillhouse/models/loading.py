@@ -16,6 +16,7 @@ import torch
 from stillhouse.base.errors import ModelError, near, one_line, suggest
 from stillhouse.models.conversion import is_converted, load_converted
 from stillhouse.models.errors import clear_errors
+from stillhouse.models.swiftkv import is_swiftkv, load_swiftkv
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,9 +55,10 @@ def load_causal_lm(
     if wanted != "auto" and not isinstance(wanted, torch.dtype):
         raise ModelError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
     folder = local_folder(name)
-    if folder is not None and is_converted(folder):  # attention replaced by stillhouse: a model type of its own
+    if folder is not None and (is_converted(folder) or is_swiftkv(folder)):  # changed by stillhouse: types of their own
         check_files(folder)
-        model = load_converted(folder, dtype=wanted if isinstance(wanted, torch.dtype) else None)
+        load = load_swiftkv if is_swiftkv(folder) else load_converted
+        model = load(folder, dtype=wanted if isinstance(wanted, torch.dtype) else None)
         tokenizer = load_tokenizer(name, folder, revision=revision, trust_remote_code=False)
         _check_ids_fit(name, model, tokenizer)
         return model, tokenizer

@@ -48,7 +48,9 @@ def _tiled(images: Tensor, side: int) -> Tensor:
     return grid.reshape(side * height, side * width, channels).squeeze(-1)
 
 
-def curves_picture(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, log_x: bool = False) -> str:
+def curves_picture(
+    curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, log_x: bool = False, log_y: bool = False
+) -> str:
     """Lines through (x, y) points, one a name."""
     from matplotlib.figure import Figure
 
@@ -60,6 +62,8 @@ def curves_picture(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: st
     axis.set_ylabel(y)
     if log_x:
         axis.set_xscale("log")
+    if log_y:
+        axis.set_yscale("log")
     axis.legend(fontsize=7)
     return _svg(figure)
 
