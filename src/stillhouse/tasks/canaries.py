@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,18 +18,14 @@ import torch
 from torch import Tensor
 
 from stillhouse.core.artifact import Artifact
-from stillhouse.core.observed import Observed
-from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
-from stillhouse.core.schedule import cosine
 from stillhouse.core.stage import Stage
 from stillhouse.core.train import Train
-from stillhouse.data.sources import Batches
 from stillhouse.data.text import TextData
 from stillhouse.data.windows import Counts, Windows, WindowSplit
-from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm
-from stillhouse.objectives.language import TokenCrossEntropy, head_of
-from stillhouse.tasks.language import LanguageSystem, LanguageTask, save_pretrained
+from stillhouse.models.causal_lm import load_causal_lm
+from stillhouse.tasks.embedded_lm import reader, small_llama
+from stillhouse.tasks.language import LanguageSystem, LanguageTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -155,35 +150,15 @@ def canary_task(system: LanguageSystem, run: Run) -> Generator[Stage, Artifact, 
 
 
 def _reader(name: str, size: CanaryModel, text: Tensor, tokenizer: Any, recipe: Canaries, *, seed: int) -> Train:
-    from transformers import LlamaConfig
-
-    end = tokenizer.eos_token_id
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.width,
-        intermediate_size=2 * size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    batches = Batches(WindowSplit({"input_ids": text}), size.batch_size, seed=seed, gather=True)
-
-    def player() -> Player:
-        model = Observed(new_causal_lm(config, seed=seed), name=name, options={"use_cache": False})
-        optimizer = adamw(size.lr, weight_decay=0.0)
-        return Player(
-            name, model, TokenCrossEntropy(head_of(model)), optimizer=optimizer, lr=cosine(1.0, 0.1), clip=1.0
-        )
-
-    return Train(
+    return reader(
         name,
-        player,
-        source=batches,
-        steps=round(size.epochs * len(batches)),
-        save=partial(save_pretrained, tokenizer=tokenizer),
+        small_llama(tokenizer, width=size.width, layers=size.layers, positions=64),
+        WindowSplit({"input_ids": text}),
+        tokenizer,
+        batch_size=size.batch_size,
+        epochs=size.epochs,
+        lr=size.lr,
+        floor=0.1,
+        seed=seed,
         cache={**asdict(recipe), **asdict(size), "model_seed": seed},
     )

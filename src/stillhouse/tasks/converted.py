@@ -13,10 +13,9 @@ from torch import nn
 from stillhouse.base.errors import ConfigError
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
-from stillhouse.core.observed import Observed, Signal
+from stillhouse.core.observed import Signal
 from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
-from stillhouse.core.schedule import cosine
 from stillhouse.core.stage import Context, Stage, Transform
 from stillhouse.core.train import Train
 from stillhouse.data.sources import Batches
@@ -26,9 +25,9 @@ from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm
 from stillhouse.models.conversion import Inherit, convert, is_converted, load_converted
 from stillhouse.models.state_space import StateSpaceMixer
 from stillhouse.models.tokenizers import train_bpe
-from stillhouse.objectives.language import TokenCrossEntropy, head_of
 from stillhouse.objectives.layerwise import observe_layers
-from stillhouse.tasks.language import DEMO, LanguageSystem, LanguageTask, save_pretrained
+from stillhouse.tasks.embedded_lm import reader, small_llama
+from stillhouse.tasks.language import DEMO, LanguageSystem, LanguageTask
 
 Aligned = Literal["mixer", "block"]
 """What `hidden_alignment` compares: the outputs of the mixers, or of whole layers."""
@@ -145,41 +144,32 @@ class ConvertedTask(LanguageTask):
 
 def _character_task(system: LanguageSystem, run: Run) -> Generator[Stage, Artifact, LanguageTask]:
     """The demo's text byte by byte, with a teacher of two layers that the first run trains."""
-    from transformers import LlamaConfig
-
     recipe = CharacterTeacher()
     data = load_text(DEMO)
     tokenizer = train_bpe([], vocab_size=257)
     held_out: dict[str, Any] = {"validation": system.validation, "selection": system.selection}
     windows = tokenize_windows(data, tokenizer, window=system.window, **held_out)
     reads = tokenize_windows(data, tokenizer, window=recipe.window, **held_out)
-    end = tokenizer.eos_token_id
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=4 * recipe.hidden_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=1024,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=end,
-        tie_word_embeddings=True,
+    config = small_llama(
+        tokenizer,
+        width=recipe.hidden_size,
+        feed_forward=4 * recipe.hidden_size,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        tied=True,
     )
-
-    def player() -> Player:
-        teacher = Observed(new_causal_lm(config, seed=recipe.seed), name="teacher", options={"use_cache": False})
-        optimizer = adamw(recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
-        objective = TokenCrossEntropy(head_of(teacher))
-        return Player("teacher", teacher, objective, optimizer=optimizer, lr=cosine(1.0, 0.0, warmup=0.05), clip=1.0)
-
-    trained = yield Train(
+    trained = yield reader(
         "teacher",
-        player,
-        source=Batches(reads.train, recipe.batch_size, seed=recipe.seed, gather=True),
+        config,
+        reads.train,
+        tokenizer,
+        batch_size=recipe.batch_size,
         steps=recipe.steps,
-        save=partial(save_pretrained, tokenizer=tokenizer),
+        lr=recipe.lr,
+        betas=(0.9, 0.99),
+        weight_decay=recipe.weight_decay,
+        warmup=0.05,
+        seed=recipe.seed,
         cache={**asdict(recipe), **held_out, "task": "characters", "data": data.fingerprint},
     )
     teacher, _ = load_causal_lm(str(trained.path))

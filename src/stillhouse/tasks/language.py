@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -39,10 +38,11 @@ from stillhouse.models.causal_lm import (
     parameter_count,
     student_from_spec,
 )
-from stillhouse.models.lora import add_lora, has_lora, save_merged_lm
+from stillhouse.models.lora import add_lora
 from stillhouse.models.packing import check_packing
 from stillhouse.models.tokenizers import check_same_tokenizer, train_bpe
 from stillhouse.objectives.language import TokenCrossEntropy, head_of
+from stillhouse.tasks.embedded_lm import reader, save_pretrained, small_llama
 
 DEMO = "demo"
 Measure = Callable[[nn.Module], dict[str, float]]
@@ -361,12 +361,6 @@ def endpoint_of(teacher: str) -> tuple[str, str] | None:
     return url, model
 
 
-def save_pretrained(model: Any, folder: Path, *, tokenizer: Any) -> None:
-    """Write a model and its tokenizer the way ``transformers`` loads them."""
-    save_merged_lm(model, folder) if has_lora(model) else model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _student_builder(system: LanguageSystem, teacher: Any, tokenizer: Any) -> tuple[Callable[[], nn.Module], int]:
     """How to make a new student, and the vocabulary that both models share."""
     spec = system.student
@@ -405,8 +399,6 @@ class DemoTeacher:
 
 
 def _demo_teacher(data: TextData, run: Run) -> Generator[Stage, Artifact, tuple[nn.Module, Any]]:
-    from transformers import LlamaConfig
-
     recipe = DemoTeacher()
     tokenizer = train_bpe(data.documents["text"], vocab_size=recipe.vocab_size)
     windows = tokenize_windows(
@@ -416,34 +408,30 @@ def _demo_teacher(data: TextData, run: Run) -> Generator[Stage, Artifact, tuple[
         validation=LanguageSystem.validation,
         selection=LanguageSystem.selection,
     )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=1024,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
+    config = small_llama(
+        tokenizer,
+        width=recipe.hidden_size,
+        feed_forward=recipe.intermediate_size,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        tied=True,
     )
-    cache = {**asdict(recipe), "data": data.fingerprint, "config": {**config.to_dict(), "transformers_version": None}}
-    batches = Batches(windows.train, recipe.batch_size, seed=recipe.seed, gather=True)
-
-    def player() -> Player:
-        teacher = Observed(new_causal_lm(config, seed=recipe.seed), name="teacher", options={"use_cache": False})
-        optimizer = adamw(recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
-        objective = TokenCrossEntropy(head_of(teacher))
-        return Player("teacher", teacher, objective, optimizer=optimizer, lr=cosine(1.0, 0.0, warmup=0.05), clip=1.0)
-
-    trained = yield Train(
+    trained = yield reader(
         "teacher",
-        player,
-        source=batches,
-        steps=round(recipe.epochs * len(batches)),
-        save=partial(save_pretrained, tokenizer=tokenizer),
-        cache=cache,
+        config,
+        windows.train,
+        tokenizer,
+        batch_size=recipe.batch_size,
+        epochs=recipe.epochs,
+        lr=recipe.lr,
+        betas=(0.9, 0.99),
+        weight_decay=recipe.weight_decay,
+        warmup=0.05,
+        seed=recipe.seed,
+        cache={
+            **asdict(recipe),
+            "data": data.fingerprint,
+            "config": {**config.to_dict(), "transformers_version": None},
+        },
     )
     return load_causal_lm(str(trained.path))
