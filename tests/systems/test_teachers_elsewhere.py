@@ -18,7 +18,7 @@ import torch
 
 from stillhouse.base.errors import ConfigError, ModelError
 from stillhouse.systems import get_system
-from stillhouse.workflow import run_system, stage_artifacts
+from stillhouse.workflow import resume, run_system, stage_artifacts
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +161,32 @@ def test_what_cannot_be_done_is_said(materials, served, tmp_path):
     served.most = 3
     with pytest.raises(ModelError, match="it must allow prompt_logprobs=20"):
         run("gkd", materials, tmp_path / "five", teacher=served.url)
+
+
+def test_adapters_are_killed_and_resumed(materials, tmp_path):
+    """Only the adapters are trained; killed half way, a run ends with the same model and the same adapters."""
+    small = {**helpers.small_values(get_system("gkd"), materials), "student": str(materials.teacher), "lora": 2}
+    small |= {"divergence": "labels"}  # the student is the teacher: it has nothing else to learn
+    whole = run_system("gkd", small, output=tmp_path / "whole", quiet=True)
+    helpers.run_and_kill("gkd", small, tmp_path / "killed")
+    done = resume(tmp_path / "killed", quiet=True)
+    expected, found = (helpers.tensors(run.artifacts["student"].path) for run in (whole, done))
+    assert any("lora_A" in name for name in expected) and expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    before = helpers.weights(materials.teacher)
+    after = helpers.weights(whole.artifacts["student"].path)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("norm" in name or "embed" in name or "lm_head" in name for name in changed)
+
+
+def test_packed_conversations_are_distilled(materials, tmp_path):
+    records = [{"prompt": f"old cat {number}", "completion": "sees a dog " * (1 + number % 3)} for number in range(60)]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    small = {**helpers.small_values(get_system("kd"), materials), "data": str(data), "window": 96, "packing": True}
+    kept = {**small, "teacher_topk": 10_000}
+    live, cached = (run_system("kd", one, output=tmp_path / str(n), quiet=True) for n, one in enumerate((small, kept)))
+    one, two = (helpers.weights(run.artifacts["student"].path) for run in (live, cached))
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    with pytest.raises(ConfigError, match="no one prompt"):
+        run_system("gkd", {**small, "on_policy": 0.5}, output=tmp_path / "own", quiet=True)
