@@ -25,23 +25,30 @@ from stillhouse.data.docstrings import load_preferences
 from stillhouse.data.glyphs import glyphs
 from stillhouse.data.graphs import GraphData, molecules
 from stillhouse.data.images import digits, dirichlet_shares, partition, subset
+from stillhouse.data.in_context import key_map
 from stillhouse.data.masking import IGNORED, mask_tokens
 from stillhouse.data.memory import RuleDistiller
+from stillhouse.data.passages import Junk, with_junk
 from stillhouse.data.rationales import cot_prompt
 from stillhouse.data.reasoning import ArithmeticChain, KnightsAndKnaves
 from stillhouse.data.shapes import Shapes
 from stillhouse.data.text import load_text
+from stillhouse.data.toy_domains import toy_domains
 from stillhouse.data.toy_languages import KINDS, languages, vocabulary
 from stillhouse.models import train_bpe
 from stillhouse.models.masked import visible_patches
 from stillhouse.models.word_tokenizer import word_tokenizer
 from stillhouse.tasks import corrective_walk
 from stillhouse.tasks.canaries import LETTERS, Canaries, make_language
+from stillhouse.tasks.choices import Choices
 from stillhouse.tasks.encoder import demo_text
+from stillhouse.tasks.in_context import KeyMaps
 from stillhouse.tasks.long_context import Lexicon, make_document
 from stillhouse.tasks.long_context_pictures import documents_picture
 from stillhouse.tasks.pictures import sample_picture
+from stillhouse.tasks.privacy_pictures import choices_picture, secrets_picture
 from stillhouse.tasks.reasoning_text import demo_questions, demo_rule
+from stillhouse.tasks.secrets import Secrets, make_text
 from stillhouse.tasks.segmentation_pictures import draw_masks
 from stillhouse.tasks.text_classification import demo_labelled
 from stillhouse.tasks.vision import sample_picture as digits_picture
@@ -274,6 +281,19 @@ def canaries(each: int = 6, prefix: int = 8) -> str:
     return tokens(rows, width=67)
 
 
+def in_context(count: int = 4, demos: int = 6) -> str:
+    """Demonstrations of some maps from keys to labels, and a key that is asked for with its label."""
+    rows = []
+    for seed in range(count):
+        records = key_map(KeyMaps().keys, KeyMaps().labels, copies=2, seed=seed)
+        random.Random(seed).shuffle(records)
+        asked = records[demos]
+        pairs = [(f" {one['input']} {one['output']} ", FAINT, "") for one in records[:demos]]
+        answer = [(f" {asked['input']} ", "#ffffff", ""), (f" {asked['output']} ", MARKED, "")]
+        rows.append([(f"map {seed}  ", "#ffffff", ""), *pairs, *answer])
+    return tokens(rows, width=66)
+
+
 def questions(count: int = 6) -> str:
     """Questions of the embedded task, what its teacher writes, and what the student is to write."""
     found = demo_questions()
@@ -329,6 +349,22 @@ def pretraining(count: int = 5) -> str:
     return table(("prompt", "answer", "worse answer, for DPO"), rows, (34, 40, 40))
 
 
+def corpora() -> str:
+    """Passages of the corpus that is refined, and documents of the domains that are mixed."""
+    tokenizer, documents = tokenised_docs(2048)
+    stream = [token for own in documents for token in own][: 64 * 200]
+    mixed = with_junk(
+        torch.tensor(stream).view(-1, 64), load_text("demo").documents["text"], tokenizer, Junk(passages=100)
+    )
+    assert mixed.kinds is not None
+    rows = []
+    for kind in dict.fromkeys(mixed.kinds):
+        text = tokenizer.decode(mixed.ids[mixed.kinds.index(kind)])
+        rows.append((f"{kind} passage", " ".join(text.split())[:170]))
+    rows += [(f"domain {name}", texts[0]) for name, texts in toy_domains().items()]
+    return table(("", "sample"), rows, (20, 86))
+
+
 def pushed_walks() -> str:
     """The expert's walks, and where the teacher sends one who was pushed off them."""
     figure = Figure(figsize=(8, 2.4), layout="constrained")
@@ -364,19 +400,23 @@ def long_documents() -> str:
 PICTURES: dict[str, Callable[[], str]] = {
     "agents": agents,
     "canaries": canaries,
+    "choices": lambda: choices_picture(Choices()),
     "condensation": condensation,
+    "corpora": corpora,
     "corrective-walk": pushed_walks,
     "densities": densities,
     "encoder": encoder,
     "federation": federation,
     "glyphs": lambda: sample_picture({"glyphs": glyphs("train", count=64).pixels}),
     "graphs": lambda: graphs(molecules(40, seed=0)),
+    "in-context": in_context,
     "language": language,
     "long-context": long_documents,
     "masked-images": masked_images,
     "pretraining": pretraining,
     "questions": questions,
     "reasoning": reasoning,
+    "secrets": lambda: secrets_picture(make_text(Secrets())),
     "shapes": shapes,
     "text-classification": labelled_sentences,
 }
