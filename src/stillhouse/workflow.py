@@ -102,6 +102,10 @@ def run_system(
     if run.main:
         _cards(run.folder, system)
         report = write_report(run.folder)
+        for kind in vars(system).get("audits", ()):
+            from stillhouse.audit import audit_run  # which reads runs too, and so stands above
+
+            audit_run(run.folder, kind, quiet=quiet)
     return Finished(run.folder, artifacts, report)
 
 

@@ -47,7 +47,7 @@ from stillhouse.models import (
     student_from_spec,
     train_bpe,
 )
-from stillhouse.models.scaling import config_parameters, _resampled
+from stillhouse.models.scaling import _resampled, config_parameters
 
 PROSE = ["The quick brown fox jumps over the lazy dog, again and again. " * 5, "Zürich, 東京 and 👩‍🚀 too."]
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

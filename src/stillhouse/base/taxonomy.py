@@ -1,8 +1,9 @@
 """The axes along which systems are classified, each with its closed vocabulary.
 
 ``feedback``, ``teacher_access`` and ``granularity`` are those of the survey of on-policy distillation (card 151),
-widened beyond language; ``elicitation`` and ``algorithm`` those of the survey of distilling language models (card 165);
-``knowledge`` and ``scheme`` are the field's usual ones, which the Distiller study (card 072) factors pipelines by.
+widened beyond language; ``elicitation``, ``algorithm``, ``skill``, ``vertical`` and ``role`` those of the survey of
+distilling language models (Xu et al., 2024, arXiv 2402.13116; card 165); ``knowledge`` and ``scheme`` are the field's
+usual ones, which the Distiller study (card 072) factors pipelines by.
 """
 
 from __future__ import annotations
@@ -47,6 +48,26 @@ AXES: dict[str, tuple[str, ...]] = {
     "knowledge": ("response", "feature", "relation", "data", "score", "none"),
     "scheme": ("offline", "online", "self", "none"),
     "modality": ("text", "image", "video", "audio", "graph", "points", "action", "table"),
+    "skill": (
+        "instruction following",
+        "dialogue",
+        "answering from documents",
+        "thinking patterns",
+        "preferences",
+        "values",
+        "tool use",
+        "planning",
+        "understanding",
+        "generation",
+        "information retrieval",
+        "recommendation",
+        "judging text",
+        "code",
+        "multi-modality",
+        "none",  # no skill of its own: whatever the data teach
+    ),
+    "vertical": ("law", "medicine", "finance", "science", "education", "other", "none"),
+    "role": ("smaller models", "compression", "self-improvement", "none"),
 }
 
 

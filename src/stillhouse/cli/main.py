@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 from stillhouse.base.errors import ConfigError, RunError, StillhouseError, suggest
 from stillhouse.base.taxonomy import AXES
 from stillhouse.cli.advise import advise
+from stillhouse.cli.audit import audit
 from stillhouse.cli.choose import choose
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(advise, name="advise")
+app.command()(audit)
 app.command()(choose)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]

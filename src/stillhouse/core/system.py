@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from stillhouse.base.fields import check_fields
 from stillhouse.base.taxonomy import AXES, Values, checked
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     from stillhouse.core.artifact import Artifact
     from stillhouse.core.run import Run
     from stillhouse.core.stage import Stage
@@ -36,6 +35,9 @@ class Meta:
     knowledge: Values = "response"
     scheme: Values = "offline"
     modality: Values = "text"
+    skill: Values = "none"
+    vertical: Values = "none"
+    role: Values = "none"
     stages: int | str = 1
 
     def __post_init__(self) -> None:
@@ -81,13 +83,13 @@ class System:
     meta: ClassVar[Meta]
     demo: ClassVar[Mapping[str, Any]] = {}
     smoke: ClassVar[Mapping[str, Any]] = {}  # field values with which the tests of all systems run it in seconds
+    recipes: ClassVar[Mapping[tuple[str, str], Mapping[str, Any]]] = {}  # fields for an elicitation and an algorithm
     product: ClassVar[str] = "student"  # the stage whose artifact is the result
 
     seed: Annotated[int, "fixes every random choice of the run"] = 0
 
     def __post_init__(self) -> None:
-        self.__dict__.setdefault("explicit", frozenset())
-        self.__dict__.setdefault("read", set())
+        self.__dict__.update(explicit=frozenset(), read=set())
 
     def stages(self, run: Run) -> Iterator[Stage]:
         """The method: a generator that yields stages and is sent the artifact of each."""
@@ -121,8 +123,7 @@ class System:
 
     def config(self) -> dict[str, Any]:
         """All field values, as plain JSON values."""
-        values = {f.name: self.__dict__[f.name] for f in dataclasses.fields(self)}
-        return json.loads(json.dumps(values, default=str))
+        return json.loads(json.dumps({f.name: self.__dict__[f.name] for f in dataclasses.fields(self)}, default=str))
 
 
 def configure(cls: type[System], values: Mapping[str, Any]) -> System:
@@ -131,6 +132,5 @@ def configure(cls: type[System], values: Mapping[str, Any]) -> System:
     system = cls(**explicit)
     if system.is_demo():
         system = cls(**{**check_fields(cls, cls.demo, owner=f"{cls.name()} (demo)"), **explicit})
-    system.__dict__["explicit"] = frozenset(explicit)
-    system.__dict__["read"] = set()
+    system.__dict__.update(explicit=frozenset(explicit), read=set())
     return system

@@ -1,6 +1,7 @@
-"""Losses on pairs of a better (w) and a worse (l) response.
+"""Losses on pairs of a better (w) and a worse (l) response, and on lists of ranked ones.
 
-Shapes: P pairs, N tokens. ``logp`` is the sum of the log-probabilities of a response's tokens, ``length`` their number.
+Shapes: P pairs (or prompts), K responses to a prompt, N tokens. ``logp`` is the sum of the log-probabilities of a
+response's tokens, ``length`` their number; ``mean`` is the first over the second.
 """
 
 from __future__ import annotations
@@ -51,3 +52,40 @@ def simpo_loss(
     """SimPO (Meng et al., 2024, arXiv 2405.14734, eq. 6), per pair: (P). ``gamma`` is the margin between the two."""
     margin_P = logp_w_P / length_w_P.clamp(min=1) - logp_l_P / length_l_P.clamp(min=1)
     return -F.logsigmoid(beta * margin_P - gamma)
+
+
+def pairwise_loss(score_w_P: Tensor, score_l_P: Tensor) -> Tensor:
+    """Bradley-Terry: -log sigmoid(s_w - s_l), per pair: (P). What reward models are trained with."""
+    return -F.logsigmoid(score_w_P - score_l_P)
+
+
+def rrhf_loss(mean_PK: Tensor, reward_PK: Tensor) -> Tensor:
+    """RRHF (Yuan et al., 2023, arXiv 2304.05302, eq. 2): sum over r_i < r_j of max(0, p_i - p_j), per prompt: (P).
+
+    The paper adds the cross-entropy of the best response. Equal rewards ask for nothing.
+    """
+    worse_PKK = reward_PK[:, :, None] < reward_PK[:, None, :]
+    over_PKK = (mean_PK[:, :, None] - mean_PK[:, None, :]).clamp(min=0)
+    return (over_PKK * worse_PKK).sum((1, 2))
+
+
+def pro_loss(mean_PK: Tensor, reward_PK: Tensor, *, by_reward: bool = True) -> Tensor:
+    """PRO (Song et al., AAAI 2024, arXiv 2306.17492, eq. 7 to 9), per prompt: (P); the best first, each against those
+    below it: -sum_k log of exp(p_k / T_k) over the sum of exp(p_i / T_i) for i >= k.
+
+    The paper adds the cross-entropy of the best response.
+
+    Args:
+        by_reward: 1 / T_i = r_k - r_i, the difference in reward, and 1 / T_k the largest of them. Without, all T are 1:
+            the likelihood of the order itself (Plackett-Luce).
+    """
+    reward_PK, order_PK = reward_PK.sort(dim=1, descending=True, stable=True)
+    mean_PK = mean_PK.gather(1, order_PK)
+    losses = []
+    for k in range(mean_PK.shape[1] - 1):
+        scale_PK = torch.ones_like(mean_PK[:, k:])
+        if by_reward:
+            below_PK = reward_PK[:, k : k + 1] - reward_PK[:, k + 1 :]
+            scale_PK = torch.cat([below_PK.amax(1, keepdim=True), below_PK], 1)
+        losses.append(-(scale_PK * mean_PK[:, k:]).log_softmax(1)[:, 0])
+    return torch.stack(losses).sum(0)

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +168,28 @@ def read_run(run_dir: Path) -> RunRecord:
         git=mapping(raw.get("git")),
         argv=hide_arguments([text(one) for one in listed(raw.get("argv"))]),
         raw=raw,
-        stages=[_read_stage(path / "stages" / folder, run_failed=raw.get("status") == "failed") for folder in folders],
+        stages=[
+            *(_read_stage(path / "stages" / folder, run_failed=raw.get("status") == "failed") for folder in folders),
+            *_audits(path),
+        ],
     )
+
+
+def _audits(path: Path) -> Iterator[StageRecord]:
+    """The audits taken of a run after it was done: each is a run of one stage in ``audits``."""
+    for home in sorted((path / "audits").glob("*/stages/*")):
+        problems: list[str] = []
+        made = mapping(_read_json(home.parents[1] / "run.json", problems))
+        stage = replace(_read_stage(home, run_failed=made.get("status") == "failed"), folder=f"audit-{home.name[3:]}")
+        now = {text(one.get("name")): one.get("fingerprint") for one in _stage_files(path)}
+        if any(now.get(name) != fingerprint for name, fingerprint in mapping(made.get("audited")).items()):
+            problems.append("the run has changed since; take the audit again")
+        yield replace(stage, problems=[*stage.problems, *problems])
+
+
+def _stage_files(path: Path) -> Iterator[dict[str, Any]]:
+    for folder in sorted((path / "stages").glob("*")):
+        yield mapping(_read_json(folder / "stage.json", [], optional=True))
 
 
 def _read_stage(folder: Path, *, run_failed: bool) -> StageRecord:

@@ -46,6 +46,7 @@ from stillhouse.tasks.embedded_lm import reader, save_pretrained, small_llama
 
 DEMO = "demo"
 Measure = Callable[[nn.Module], dict[str, float]]
+AuditKind = Literal["hacking", "fidelity", "memorisation"]
 
 
 @dataclass(kw_only=True)
@@ -90,6 +91,9 @@ class LanguageSystem(System):
     ] = "last"
     baseline: Annotated[bool, "also train the same student on the text alone, for comparison"] = False
     eval_windows: Annotated[int, "selection sequences looked at during training", Ge(1)] = 64
+    audits: Annotated[
+        tuple[AuditKind, ...], "audits taken when all is done; hacking also watches the distance to the teacher"
+    ] = ()
     lora: Annotated[
         int | None, "train adapters of this rank (peft) in all linear layers instead of the weights", Ge(1)
     ] = None
@@ -134,6 +138,11 @@ class LanguageTask:
     vocab_size: int
     new_student: Callable[[], nn.Module]
 
+    def __post_init__(self) -> None:
+        notice = getattr(self.run, "notice", None)  # an audit goes through a run again to find its task
+        if notice is not None:
+            notice(self)
+
     @staticmethod
     def prepare(system: LanguageSystem, run: Run) -> Generator[Stage, Artifact, LanguageTask]:
         """Build the task; on the embedded task this yields the stage that trains the teacher."""
@@ -147,12 +156,12 @@ class LanguageTask:
                 raise ConfigError("teacher=demo is trained on data=demo; for your own data pass your own teacher")
             teacher, tokenizer = yield from _demo_teacher(data, run)
         elif endpoint_of(system.teacher):
-            if _is_spec(system.student):
+            if is_spec(system.student):
                 raise ConfigError(
                     f"student={system.student}: the architecture of a teacher behind an endpoint is not known; give "
                     "the student's directory or hub id"
                 )
-            teacher, (_, tokenizer) = None, _load_student(system.student, system)
+            teacher, (_, tokenizer) = None, load_student(system.student, system)
         else:
             teacher, tokenizer = load_causal_lm(system.teacher, trust_remote_code=system.trust_remote_code)
         # What is held out does not depend on the seed: the embedded teacher has seen none of it, whatever the seed.
@@ -166,7 +175,7 @@ class LanguageTask:
         )
         if system.packing and teacher is not None:
             check_packing(teacher)
-        new_student, vocab_size = _student_builder(system, teacher, tokenizer)
+        new_student, vocab_size = student_builder(system, teacher, tokenizer)
         task = LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
         if system.pretrain:
             steps = task.steps_of(system.pretrain)
@@ -181,7 +190,7 @@ class LanguageTask:
 
     def begin_as(self, artifact: Artifact) -> None:
         """From now on new students begin as the model that a stage left."""
-        self.new_student = lambda: _load_student(str(artifact.path), self.system)[0]
+        self.new_student = lambda: load_student(str(artifact.path), self.system)[0]
 
     def steps_of(self, epochs: float) -> int:
         """Optimizer steps in so many passes over the training text."""
@@ -264,8 +273,14 @@ class LanguageTask:
     def selection_figures(self, model: nn.Module) -> dict[str, float]:
         """Loss and perplexity on the text to choose by: the curve shown during training."""
         batches = self.batches_of(self.windows.selection, self.system.eval_windows)
-        figures = compare_causal_lms({"model": model}, batches, vocab_size=self.vocab_size)["model"]
-        return {"selection_loss": figures.loss, "perplexity": figures.perplexity}
+        # Not through the field: what is watched must not decide whether a stage is done again.
+        watched = self.teacher if "hacking" in vars(self.system)["audits"] else None
+        known = {} if watched is None else {"teacher": watched.to(self.run.fabric.device)}
+        reference = next(iter(known), None)
+        models = {**known, "model": model}
+        figures = compare_causal_lms(models, batches, vocab_size=self.vocab_size, reference=reference)["model"]
+        found = {"selection_loss": figures.loss, "perplexity": figures.perplexity}
+        return found if watched is None else {**found, "teacher_kl": figures.kl}
 
     def evaluation(
         self, models: dict[str, Artifact], *, more: Measure | None = None, columns: Sequence[Column] = ()
@@ -361,22 +376,22 @@ def endpoint_of(teacher: str) -> tuple[str, str] | None:
     return url, model
 
 
-def _student_builder(system: LanguageSystem, teacher: Any, tokenizer: Any) -> tuple[Callable[[], nn.Module], int]:
+def student_builder(system: LanguageSystem, teacher: Any, tokenizer: Any) -> tuple[Callable[[], nn.Module], int]:
     """How to make a new student, and the vocabulary that both models share."""
     spec = system.student
-    if _is_spec(spec):
+    if is_spec(spec):
         config = student_from_spec(spec, teacher.config)
         return partial(new_causal_lm, config, seed=system.seed), check_same_tokenizer(tokenizer, tokenizer)
-    _, own = _load_student(spec, system)
-    return (lambda: _load_student(spec, system)[0]), check_same_tokenizer(tokenizer, own)
+    _, own = load_student(spec, system)
+    return (lambda: load_student(spec, system)[0]), check_same_tokenizer(tokenizer, own)
 
 
-def _is_spec(student: str) -> bool:
+def is_spec(student: str) -> bool:
     """Whether a student is described by what it takes from its teacher."""
     return student.startswith("scale:") or "=" in student
 
 
-def _load_student(name: str, system: LanguageSystem) -> tuple[Any, Any]:
+def load_student(name: str, system: LanguageSystem) -> tuple[Any, Any]:
     """A student to train: in float32, whatever it was saved in; `precision` says what it computes in."""
     return load_causal_lm(name, dtype=torch.float32, trust_remote_code=system.trust_remote_code)
 

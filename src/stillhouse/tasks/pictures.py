@@ -68,6 +68,21 @@ def curves_picture(
     return _svg(figure)
 
 
+def points_picture(points: Mapping[str, tuple[float, float]], *, x: str, y: str) -> str:
+    """Single points (x, y) with their names."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for name, at in points.items():
+        axis.scatter(*at, s=18, color="#0f68a9")
+        axis.annotate(name, at, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.margins(0.12)
+    return _svg(figure)
+
+
 def matrix_picture(values: Sequence[Sequence[float | None]], *, rows: Sequence[str], columns: Sequence[str]) -> str:
     """A table as a heat map with its numbers; cells without one stay empty."""
     from matplotlib.figure import Figure

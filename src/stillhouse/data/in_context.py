@@ -1,0 +1,148 @@
+"""Tasks for in-context learning: demonstrations, a question, an answer, and what else could have been answered.
+
+Shapes: B batch, D tokens of demonstrations, T tokens of question and answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.base.errors import DataError
+
+Tokens = tuple[int, ...]
+UNSCORED = -100
+"""The target of a place that is not scored."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, its answer, and the candidates the answer is one of (none: the answer is free text), as tokens."""
+
+    question: Tokens
+    answer: Tokens
+    candidates: tuple[Tokens, ...] = ()
+
+
+@dataclass(frozen=True)
+class IclTask:
+    """The examples of one task, of which some are shown and the others asked."""
+
+    name: str
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to read: demonstrations, then a question and an answer."""
+
+    demonstrations: Tokens
+    question: Tokens
+    answer: Tokens = ()
+
+
+def key_map(keys: int, labels: int, *, copies: int, seed: int) -> list[dict[str, Any]]:
+    """Records of one embedded task: a random map from keys to labels, every pair ``copies`` times."""
+    chosen = torch.randint(labels, (keys,), generator=torch.Generator().manual_seed(seed)).tolist()
+    names = [f"v{number}" for number in range(labels)]
+    pairs = [{"task": f"map {seed}", "input": f"k{key}", "output": names[label]} for key, label in enumerate(chosen)]
+    return [{**pair, "candidates": names} for pair in pairs for _ in range(copies)]
+
+
+def pair_streams(count: int, pairs: int, *, keys: int, labels: int, generator: torch.Generator) -> Tensor:
+    """Streams of key, label, key, label, ... of a fresh map each: (count, 2 pairs), keys first in the vocabulary."""
+    maps = torch.randint(labels, (count, keys), generator=generator)
+    shown = torch.randint(keys, (count, pairs), generator=generator)
+    return torch.stack([shown, keys + maps.gather(1, shown)], -1).flatten(1)
+
+
+def read_records(file: str | Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file: ``task``, ``input``, ``output`` and, perhaps, ``candidates``.
+
+    Raises:
+        DataError: one line that says what is wrong, in which line, and what to do.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a .jsonl file of tasks")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON; write one object a line") from error
+        fields = ("task", "input", "output")
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in fields):
+            raise DataError(f"{path}, line {number}: must have task, input and output as text")
+        candidates = record.get("candidates") or []
+        if not isinstance(candidates, list) or (candidates and record["output"] not in candidates):
+            raise DataError(f"{path}, line {number}: candidates must be a list that has the output in it")
+        records.append(record)
+    if not records:
+        raise DataError(f"{path}: no records in it; give at least two tasks")
+    return records
+
+
+def tasks_of(
+    records: Sequence[dict[str, Any]], encode: Callable[[str], list[int]], *, separator: str, end: str
+) -> list[IclTask]:
+    """The tasks in some records, in their order; a question ends with ``separator``, an answer with ``end``."""
+
+    def question(record: dict[str, Any]) -> Tokens:
+        return tuple(encode(record["input"] + separator))
+
+    def answer(text: str) -> Tokens:
+        return tuple(encode(text + end))
+
+    found: dict[str, list[Example]] = {}
+    for record in records:
+        candidates = tuple(answer(one) for one in record.get("candidates") or ())
+        found.setdefault(record["task"], []).append(Example(question(record), answer(record["output"]), candidates))
+    return [IclTask(name, tuple(examples)) for name, examples in found.items()]
+
+
+def shown(examples: Sequence[Example]) -> Tokens:
+    """Demonstrations one after the other."""
+    return tuple(token for one in examples for token in (*one.question, *one.answer))
+
+
+def collate(items: Sequence[Item], *, pad: int, demo_tokens: int) -> dict[str, Tensor]:
+    """Items as a batch.
+
+    ``demo_ids`` and ``demo_mask`` (B, D), filled up at the left and cut there to ``demo_tokens``; ``input_ids`` and
+    ``attention_mask`` (B, T), question and answer, filled up at the right; ``targets`` (B, T - 1), what position t has
+    to say: the answer's tokens, `UNSCORED` elsewhere.
+    """
+    demos = [item.demonstrations[max(0, len(item.demonstrations) - demo_tokens) :] for item in items]
+    texts = [(*item.question, *item.answer) for item in items]
+    D, T = max(map(len, demos)), max(map(len, texts))
+    targets = [[*[UNSCORED] * (len(item.question) - 1), *item.answer][: T - 1] for item in items]
+    rows = {
+        "demo_ids": [[pad] * (D - len(demo)) + list(demo) for demo in demos],
+        "demo_mask": [[0] * (D - len(demo)) + [1] * len(demo) for demo in demos],
+        "input_ids": [list(text) + [pad] * (T - len(text)) for text in texts],
+        "attention_mask": [[1] * len(text) + [0] * (T - len(text)) for text in texts],
+        "targets": [row + [UNSCORED] * (T - 1 - len(row)) for row in targets],
+    }
+    return {name: torch.tensor(values, dtype=torch.int64).reshape(len(items), -1) for name, values in rows.items()}
+
+
+def episode(task: IclTask, demos: int, generator: torch.Generator) -> Item:
+    """Some examples of a task as demonstrations, and another one to answer."""
+    order = torch.randperm(len(task.examples), generator=generator).tolist()
+    asked = task.examples[order[0]]
+    return Item(shown([task.examples[number] for number in order[1 : demos + 1]]), asked.question, asked.answer)
+
+
+def shuffled(examples: Sequence[Example], generator: torch.Generator) -> list[Example]:
+    """The examples with their answers exchanged at random: the same tokens, and nothing to learn from them."""
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    return [Example(one.question, examples[n].answer, one.candidates) for one, n in zip(examples, order, strict=True)]
