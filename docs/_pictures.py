@@ -388,6 +388,42 @@ def pushed_walks() -> str:
     return svg(figure)
 
 
+def ranked_traces() -> str:
+    """Chains of sums with responses of falling score: what is right is light, what is wrong is marked."""
+    prompt, right = "3+5+2+6+1=", "1,3,2,3#3"
+    rows = []
+    for response in (right, "1,0,2,3#3", "1,3,2,4#4", "6,0,2,5#5"):
+        marks = [
+            (letter, FAINT if letter == wanted else MARKED, "") for letter, wanted in zip(response, right, strict=True)
+        ]
+        rows.append([(prompt, FAINT, ""), *marks])
+    return tokens(rows, width=40)
+
+
+def merging() -> str:
+    """Two models and their ancestor as points; the first mean, and the way from the ancestor to it."""
+    figure = Figure(figsize=(5, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    ancestor, instruct, reasoning = (0.0, 0.0), (1.0, 1.6), (3.0, 0.4)
+    mean = tuple((a + b) / 2 for a, b in zip(instruct, reasoning, strict=True))
+    merged = tuple(0.6 * one for one in mean)
+    axes.plot(*zip(instruct, reasoning, strict=True), color="0.7", linestyle=":")
+    axes.plot(*zip(ancestor, mean, strict=True), color="0.7", linestyle=":")
+    named = {
+        "ancestor": ancestor,
+        "instruct": instruct,
+        "reasoning": reasoning,
+        "their mean": mean,
+        "where RL begins": merged,
+    }
+    for name, (x, y) in named.items():
+        axes.plot(x, y, marker="o", color="#c2503c" if name == "where RL begins" else "#3564a8")
+        axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    axes.set(xlim=(-0.3, 4), ylim=(-0.3, 2.1), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return svg(figure)
+
+
 def long_documents() -> str:
     """A document of each of the tagging tasks, its entities marked."""
     lexicon = Lexicon.of(demo_text().documents["text"])
@@ -413,6 +449,8 @@ PICTURES: dict[str, Callable[[], str]] = {
     "language": language,
     "long-context": long_documents,
     "masked-images": masked_images,
+    "merged-starts": merging,
+    "preferences": ranked_traces,
     "pretraining": pretraining,
     "questions": questions,
     "reasoning": reasoning,

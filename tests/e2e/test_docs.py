@@ -233,6 +233,7 @@ def test_quick_start(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
     known = {entry.name or entry.callback.__name__ for entry in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
     for words in commands(page):
         assert words[0] in known, words
         if words[0] == "launch":

@@ -222,6 +222,7 @@ def test_cells_of_the_grid():
         get_system("fidelity").make(objectives="", noises="", temperatures="").cells(1)
 
 
+@pytest.mark.slow
 def test_the_embedded_study_from_end_to_end(tmp_path, monkeypatch):
     """With teachers of three steps: every objective and every disturbance has its row, and all figures are there."""
     from functools import partial

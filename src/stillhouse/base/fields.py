@@ -45,13 +45,18 @@ def field_type(hint: Any) -> str:
     return text + (f" ({', '.join(limits)})" if limits else "")
 
 
+def _alternatives(base: Any) -> tuple[Any, ...]:
+    """The members of ``a | b``."""
+    return base.__args__ if isinstance(base, types.UnionType) else ()
+
+
 def check_value(owner: str, name: str, value: Any, hint: Any) -> Any:
     """``value`` as the type ``hint`` asks for; a `ConfigError` names the field, the value and what is allowed."""
     base = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     if isinstance(value, str):  # as typed on a command line
         if value.strip().lower() in ("none", "null") and type(None) in typing.get_args(base):
             value = None
-        elif typing.get_origin(base) in (list, tuple):
+        elif any(typing.get_origin(one) in (list, tuple) for one in (base, *_alternatives(base))):
             value = [part.strip() for part in value.split(",") if part.strip()]
     try:
         return TypeAdapter(hint).validate_python(value)
