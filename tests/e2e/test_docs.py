@@ -308,6 +308,11 @@ def test_the_readme_table_is_up_to_date(generator: Any) -> None:
     assert text == generator.readme(text), "run `make docs` and commit README.md"
 
 
+def test_the_guide_to_methods_is_up_to_date(generator: Any) -> None:
+    text = (DOCS / "which-method.md").read_text()
+    assert text == generator.guide(text), "run `make docs` and commit docs/which-method.md"
+
+
 def test_a_claim_is_written_out(generator: Any) -> None:
     record = {
         "system": "kd",

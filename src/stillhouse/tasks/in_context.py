@@ -92,6 +92,7 @@ class InContextSystem(System):
     batch_size: Annotated[int, "episodes in a batch", Ge(1)] = 8
     weight_decay: Annotated[float, "decoupled weight decay", Ge(0)] = 0.0
     clip: Annotated[float | None, "largest gradient norm", Gt(0)] = 1.0
+    reader_steps: Annotated[int, "optimizer steps in which the embedded model learns to read maps", Ge(1)] = 2000
     trust_remote_code: Annotated[bool, "run code that comes with a model"] = False
 
     demo: ClassVar[dict[str, Any]] = {
@@ -129,7 +130,7 @@ class InContextTask:
         """Build the task; on the embedded task this yields the stage that trains the model which reads."""
         if (system.teacher == DEMO) != (system.data == DEMO):
             raise ConfigError("teacher=demo knows only data=demo, and no other knows that; give both or neither")
-        recipe = KeyMaps()
+        recipe = KeyMaps(steps=system.reader_steps)
         if system.teacher == DEMO:
             lm, tokenizer = yield from _demo_reader(recipe)
             records = [

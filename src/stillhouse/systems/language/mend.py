@@ -52,7 +52,7 @@ class MEND(InContextSystem):
         "steps": 700,
         "lr": 2e-3,
     }
-    smoke: ClassVar = {"pretrain_steps": 12, "steps": 12, "queries": 2, "batch_size": 4}
+    smoke: ClassVar = {"reader_steps": 20, "pretrain_steps": 12, "steps": 12, "queries": 2, "batch_size": 4}
 
     vectors: Annotated[int, "vectors that stand for the demonstrations", Ge(1)] = 100
     chunks: Annotated[int, "demonstrations are read in so many parts, each giving its own vectors", Ge(1)] = 1
