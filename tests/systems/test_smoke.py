@@ -112,8 +112,12 @@ def test_the_result_is_loaded_by_transformers(name, finished):
     if not config.exists() or "CausalLM" not in config.read_text():
         pytest.skip("the result is not a causal language model")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("the cat sees", return_tensors="pt").input_ids
-    assert tokenizer.decode(ids[0]) == "the cat sees"
+    text = "the cat sees"
+    if tokenizer.unk_token_id in tokenizer(text).input_ids:  # an embedded language that has no such letters
+        special = set(tokenizer.all_special_ids)
+        text = tokenizer.decode([token for token in range(len(tokenizer)) if token not in special][:4])
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == text
     with torch.no_grad():
         logits = model.eval()(input_ids=ids).logits
         again = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
