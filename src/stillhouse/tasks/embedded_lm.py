@@ -54,6 +54,23 @@ def small_llama(
     )
 
 
+def small_bert(tokenizer: Any, *, width: int, layers: int, heads: int, positions: int) -> Any:
+    """The config of a BERT without dropout for the tokens of ``tokenizer``, four times as wide inside."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=positions,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def reader(
     name: str,
     config: Any,

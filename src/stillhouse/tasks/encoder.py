@@ -37,6 +37,7 @@ from stillhouse.models.elastic import load_encoder
 from stillhouse.models.errors import clear_errors
 from stillhouse.models.word_tokenizer import word_tokenizer
 from stillhouse.objectives.logits import CrossEntropy
+from stillhouse.tasks.embedded_lm import small_bert
 from stillhouse.tasks.language import save_pretrained
 from stillhouse.tasks.text_classification import demo_sentences
 
@@ -247,7 +248,7 @@ class DemoTeacher:
 
 
 def _demo_teacher(data: TextData, steps: int) -> Generator[Stage, Artifact, tuple[Any, Any]]:
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertForMaskedLM
 
     recipe = DemoTeacher(steps=steps)
     tokenizer = word_tokenizer(vocabulary(languages(1)))
@@ -259,17 +260,7 @@ def _demo_teacher(data: TextData, steps: int) -> Generator[Stage, Artifact, tupl
         validation=EncoderSystem.validation,
         selection=EncoderSystem.selection,
     )
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=4 * recipe.hidden_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        max_position_embeddings=128,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = small_bert(tokenizer, width=recipe.hidden_size, layers=recipe.layers, heads=recipe.heads, positions=128)
     batches = Batches(windows.train, recipe.batch_size, seed=recipe.seed, gather=True)
 
     def player() -> Player:

@@ -45,6 +45,7 @@ from stillhouse.models.text_classifier import (
 from stillhouse.models.word_tokenizer import word_tokenizer
 from stillhouse.objectives.logits import CrossEntropy
 from stillhouse.objectives.regression import SquaredError
+from stillhouse.tasks.embedded_lm import small_bert
 from stillhouse.tasks.language import save_pretrained
 
 DEMO = "demo"
@@ -423,22 +424,12 @@ class DemoEncoder:
 
 def demo_encoder(steps: int, **changes: Any) -> Train:
     """The stage that trains the embedded masked language model; ``changes``: fields of `DemoEncoder`."""
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertForMaskedLM
 
     recipe = DemoEncoder(steps=steps, **changes)
     spoken = languages(recipe.languages)
     tokenizer = word_tokenizer(vocabulary(spoken))
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=4 * recipe.hidden_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = small_bert(tokenizer, width=recipe.hidden_size, layers=recipe.layers, heads=recipe.heads, positions=64)
 
     def player() -> Player:  # with its own source, so that a cached encoder costs no text
         texts = demo_sentences() if len(spoken) == 1 else borrowing(spoken, 6000 * len(spoken), "general")
