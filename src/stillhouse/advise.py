@@ -12,7 +12,7 @@ from stillhouse.metrics.capacity_law import PUBLISHED_K, recommend_teacher
 from stillhouse.models.causal_lm import read_config
 from stillhouse.models.scaling import config_parameters
 from stillhouse.models.sizes import format_size, is_size, parse_size
-from stillhouse.workflow import run_record, stage_artifacts
+from stillhouse.runs import run_record, stage_artifacts
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ from stillhouse.models.tokenizers import check_same_tokenizer
 from stillhouse.report import write_report
 from stillhouse.rl.policies import prompts_of
 from stillhouse.rl.sampling import LiveSampler
+from stillhouse.runs import Finished, run_record, split_values
 from stillhouse.systems import get_system
 from stillhouse.tasks.fidelity import fidelity_picture, references_of
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
 from stillhouse.tasks.teacher_hacking import hacking_report
-from stillhouse.workflow import Finished, run_record, split_values
 
 BEGINNINGS = ("pretrain", "begin", "base")  # stages that make what is taught or teaches, not what came of it
 

@@ -25,8 +25,9 @@ from stillhouse.base.files import read_json, write_json
 from stillhouse.base.monitor import progress_bar
 from stillhouse.catalogue import RESULTS
 from stillhouse.core.system import Claim, System
+from stillhouse.runs import stage_artifacts
 from stillhouse.systems import all_systems, get_system
-from stillhouse.workflow import run_system, stage_artifacts
+from stillhouse.workflow import run_system
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from torch import nn
 
 from stillhouse.cli.main import app, main
 from stillhouse.cli.recipe import parse_overrides
+from stillhouse.runs import split_values, stage_artifacts
 from stillhouse.systems import get_system
 from stillhouse.tasks import language, vision
-from stillhouse.workflow import run_system, split_values, stage_artifacts
+from stillhouse.workflow import run_system
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

@@ -25,10 +25,10 @@ from pydantic import BaseModel, Field
 from stillhouse import Run
 from stillhouse.base.errors import ConfigError, Interrupted, RunError
 from stillhouse.core.stage import Generate
+from stillhouse.runs import split_values
 from stillhouse.systems import get_system
 from stillhouse.teachers import Answer, AnswerStore, Budget, EndpointTeacher, Request, Retry, Sampling
 from stillhouse.teachers.client import retry_after
-from stillhouse.workflow import split_values
 
 QUICK = Retry(attempts=4, first=0.01, longest=0.02)
 

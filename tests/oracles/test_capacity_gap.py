@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MptConfig, Qwen3Config
 
 from stillhouse.base.errors import ModelError
 from stillhouse.core.observed import Observed
@@ -16,14 +16,18 @@ from stillhouse.losses.linear_divergence import linear_divergence
 from stillhouse.metrics.capacity_law import best_teacher, fit_law, recommend_teacher
 from stillhouse.models.causal_lm import new_causal_lm, parameter_count
 from stillhouse.models.lm_pruning import (
+    Kept,
     MaskScores,
     choose,
+    groups_of,
+    layers_of,
     mask_scores,
     masked,
     ones,
     prune_causal_lm,
     target_config,
 )
+from stillhouse.models.pruning import prune
 from stillhouse.models.scaling import config_parameters
 from stillhouse.objectives.language import TokenCrossEntropy, TokenMatch, head_of
 
@@ -225,6 +229,161 @@ def test_the_size_of_minima():
     layer = 4 * 3072**2 + 3 * 3072 * 8192 + 2 * 3072
     assert config_parameters(config) == 2 * 32_000 * 3072 + 24 * layer + 3072
     assert config_parameters(config) == pytest.approx(2.91e9, rel=2e-3)
+
+
+# -- GPT-2 and GPT-NeoX, which fuse queries, keys and values ------------------------------------------------------------
+
+
+def fused(kind, **sizes):
+    """Heads of 4 dimensions; biases and norms far from their initial 0 and 1, so that all of them matter."""
+    common = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": kind == "gpt2", **sizes}
+    if kind == "gpt2":
+        made = {"n_embd": 16, "n_head": 4, "n_layer": 3, "n_positions": 32, "n_inner": 10, **common}
+        config = GPT2Config(**made, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    else:
+        made = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 10, **common}
+        config = GPTNeoXConfig(**made, max_position_embeddings=32, use_parallel_residual=kind == "pythia")
+    model = new_causal_lm(config, seed=0).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+            else:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+KINDS = ["gpt2", "pythia", "neox"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_models_masks_of_one_change_nothing_and_scores_are_derivatives(kind):
+    model, batch = fused(kind), batches(1)[0]
+    plain = model(**batch).logits
+    with masked(model, ones(model)):
+        assert torch.equal(model(**batch).logits, plain)
+    loss = loss_of(model)
+    found = mask_scores(model, loss, [batch])
+    for part, place in (("heads", (1, 2)), ("neurons", (2, 3)), ("hidden", (5,)), ("layers", (1,))):
+
+        def at(value, part=part, place=place):
+            masks = ones(model)
+            getattr(masks, part)[place] = value
+            with masked(model, masks), torch.no_grad():
+                return float(loss(batch))
+
+        slope = abs(at(1.01) - at(0.99)) / 0.02
+        assert slope > 1e-4 and float(getattr(found, part)[place]) == pytest.approx(slope, rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_models_a_head_that_writes_nothing_scores_nothing(kind):
+    model = fused(kind)
+    layout, layers = layers_of(model)
+    with torch.no_grad():
+        for number, path, dims in ((0, layout.attended, slice(4, 8)), (2, layout.written, slice(3, 4))):
+            weight = layers[number].get_submodule(path).weight
+            (weight if kind == "gpt2" else weight.T)[dims] = 0
+    found = mask_scores(model, loss_of(model), batches())
+    assert found.heads[0, 1] == 0 and (found.heads[0, [0, 2, 3]] > 0).all()
+    assert found.neurons[2, 3] == 0 and (found.neurons[2] > 0).sum() == 9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_models_cutting_heads_and_neurons_is_masking_them(kind):
+    """In place: a config of theirs cannot say that there are fewer heads in the same width."""
+    model, small = fused(kind), fused(kind)
+    keep = {"heads": [torch.tensor(k) for k in ([1, 3], [0, 1], [2])], "neurons": [torch.tensor([0, 4, 9])] * 3}
+    masks = ones(model)
+    for layer, cuts in enumerate(groups_of(small)[1]):
+        for cut in cuts:
+            kept = keep["neurons" if cut.unit == "neurons" else "heads"][layer]
+            prune(small, cut.group, (kept[:, None] * cut.each + torch.arange(cut.each)).flatten())
+        if kind == "gpt2":
+            small.transformer.h[layer].attn.split_size = 4 * len(keep["heads"][layer])
+        for part in ("heads", "neurons"):
+            getattr(masks, part)[layer] = 0
+            getattr(masks, part)[layer, keep[part][layer]] = 1
+    batch = batches(1)[0]
+    with masked(model, masks), torch.no_grad():
+        torch.testing.assert_close(small(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_models_hidden_dimensions_that_repeat_others_can_be_cut_exactly(kind):
+    """A norm's mean and deviation stay when every dimension is there twice and one copy, which nobody reads, leaves."""
+    model = fused(kind)
+    hidden, layers = groups_of(model)
+    layout, blocks = layers_of(model)
+    twin = torch.arange(16).view(8, 2)  # dimension 2 i + 1 repeats dimension 2 i
+    reads = [*(one.path for one in layout.makes), *layout.inner]
+    idle = [block.get_submodule(path) for block in blocks for path in reads]
+    with torch.no_grad():
+        for member in hidden.members:
+            weight = model.get_parameter(member.parameter).movedim(member.dim, 0)
+            weight[twin[:, 1]] = weight[twin[:, 0]]
+        for module in idle + ([] if kind == "gpt2" else [model.get_output_embeddings()]):
+            (module.weight if kind == "gpt2" else module.weight.T)[twin[:, 1]] = 0
+        for block in blocks:  # the heads and neurons that leave write nothing
+            for path, gone in ((layout.attended, slice(8, 16)), (layout.written, slice(6, 10))):
+                weight = block.get_submodule(path).weight
+                (weight if kind == "gpt2" else weight.T)[gone] = 0
+    target = target_config(model.config, "hidden_size=8,heads=2,intermediate_size=6")
+    two, six = torch.arange(2), torch.arange(6)
+    small = prune_causal_lm(model, target, Kept(torch.arange(3), twin[:, 0], (two,) * 3, (two,) * 3, (six,) * 3))
+    batch = batches(1)[0]
+    with torch.no_grad():
+        whole = model(**batch).logits / (2 if kind == "gpt2" else 1)  # tied: the output layer reads both copies
+        torch.testing.assert_close(small(**batch).logits, whole, atol=1e-5, rtol=1e-5)
+    assert parameter_count(small) == config_parameters(target) < parameter_count(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_models_are_sliced_where_the_scores_say(kind):
+    model = fused(kind)
+    target = target_config(model.config, "layers=2,hidden_size=8,heads=2,intermediate_size=6")
+    scores = ones(model)
+    scores.layers[1] = 0
+    scores.heads[2] = torch.tensor([0.0, 3.0, 0.0, 2.0])
+    scores.hidden[::2] = 0
+    kept = choose(scores, model.config, target)
+    small = prune_causal_lm(model, target, kept)
+    layout, old = layers_of(model)
+    new = layers_of(small)[1]
+    fused_old, fused_new = (layers[place].get_submodule(layout.makes[0].path) for layers, place in ((old, 2), (new, 1)))
+    head = torch.arange(4)
+    if kind == "gpt2":  # all queries, all keys, all values
+        rows = torch.cat([part * 16 + number * 4 + head for part in range(3) for number in (1, 3)])
+        assert torch.equal(fused_new.weight, fused_old.weight[1::2][:, rows])
+        assert torch.equal(small.transformer.wpe.weight, model.transformer.wpe.weight[:, 1::2])
+    else:  # query, key and value of a head together
+        rows = torch.cat([number * 12 + torch.arange(12) for number in (1, 3)])
+        assert torch.equal(fused_new.weight, fused_old.weight[rows][:, 1::2])
+        assert torch.equal(small.get_output_embeddings().weight, model.get_output_embeddings().weight[:, 1::2])
+    assert torch.equal(fused_new.bias, fused_old.bias[rows])
+    attended = [layers[place].get_submodule(layout.attended) for layers, place in ((old, 2), (new, 1))]
+    assert torch.equal(attended[1].bias, attended[0].bias[1::2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_models_a_number_of_parameters_becomes_whole_heads(kind):
+    big = {"vocab_size": 200, "n_embd": 96, "n_head": 6} if kind == "gpt2" else {"vocab_size": 200, "hidden_size": 96,
+           "num_attention_heads": 6, "intermediate_size": 384}  # fmt: skip
+    config = fused(kind, **big, **({"n_inner": None} if kind == "gpt2" else {})).config
+    wanted = config_parameters(config) // 3
+    target = target_config(config, wanted)
+    assert target.hidden_size == 16 * target.num_attention_heads
+    assert 0.6 * wanted < config_parameters(target) <= wanted
+    choose(ones(new_causal_lm(config, seed=0)), config, target)
+    with pytest.raises(ModelError, match="hidden_size = heads x 16"):
+        choose(ones(new_causal_lm(config, seed=0)), config, target_config(config, "hidden_size=24,heads=3"))
+
+
+def test_models_built_otherwise_are_refused():
+    model = new_causal_lm(MptConfig(d_model=16, n_heads=4, n_layers=1, vocab_size=50), seed=0)
+    with pytest.raises(ModelError, match="GPT-NeoX"):
+        ones(model)
 
 
 # -- what is learnt from --------------------------------------------------------------------------------------------

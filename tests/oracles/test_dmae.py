@@ -16,9 +16,10 @@ from stillhouse.base.errors import ConfigError, ModelError
 from stillhouse.losses.directions import feature_distance
 from stillhouse.models import masked
 from stillhouse.objectives.masked import FeatureAlignment, projector
+from stillhouse.runs import Finished
 from stillhouse.systems.vision.dmae import DMAE
 from stillhouse.tasks.masked_images import DemoTeacher
-from stillhouse.workflow import Finished, run_system
+from stillhouse.workflow import run_system
 
 BIG = DemoTeacher().config()
 SMALL = masked.masked_autoencoder_from_spec("hidden_size=16,layers=2,heads=2", BIG)

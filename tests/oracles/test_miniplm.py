@@ -20,10 +20,11 @@ from stillhouse.data.passages import Corpus, Junk, passage_texts, shuffled, text
 from stillhouse.data.text import load_text
 from stillhouse.metrics.sequence_loss import mean_loss, sequence_nats
 from stillhouse.models import train_bpe
+from stillhouse.runs import Finished
 from stillhouse.tasks import refining
 from stillhouse.teachers import scorer
 from stillhouse.teachers.likelihood import EndpointLikelihood
-from stillhouse.workflow import Finished, run_system
+from stillhouse.workflow import run_system
 
 # -- scores and the choice ------------------------------------------------------------------------------------------
 

@@ -17,9 +17,10 @@ from stillhouse.core.schedule import Progress
 from stillhouse.models import pruning, sam
 from stillhouse.objectives.feature_sets import DisturbedMSE, FeatureSetMSE
 from stillhouse.objectives.plateau import ReduceOnPlateau
+from stillhouse.runs import Finished
 from stillhouse.systems.vision.slimsam import SlimSAM
 from stillhouse.tasks.segmentation import DemoTeacher
-from stillhouse.workflow import Finished, run_system
+from stillhouse.workflow import run_system
 
 RECIPE = DemoTeacher(image_size=16, hidden_size=16, layers=3, heads=2, window=2, global_layers=(1,), embedding=16)
 

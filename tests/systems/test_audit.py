@@ -18,9 +18,10 @@ from stillhouse.cli.main import main
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Evaluate
 from stillhouse.report import write_report
+from stillhouse.runs import Finished, stage_artifacts
 from stillhouse.systems import get_system
 from stillhouse.tasks import language
-from stillhouse.workflow import Finished, run_system, stage_artifacts
+from stillhouse.workflow import run_system
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from test_teachers_elsewhere import close, materials, run, served  # noqa: F401  (fixtures)
 
 from stillhouse.base.errors import ConfigError
-from stillhouse.workflow import stage_artifacts
+from stillhouse.runs import stage_artifacts
 
 
 def test_a_teacher_behind_an_endpoint_is_as_good_as_one_here(materials, served, tmp_path):  # noqa: F811

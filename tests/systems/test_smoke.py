@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from stillhouse.core.system import System
+from stillhouse.runs import Finished, stage_artifacts
 from stillhouse.systems import all_systems
 from stillhouse.tasks import language
-from stillhouse.workflow import Finished, resume, run_system, stage_artifacts
+from stillhouse.workflow import resume, run_system
 
 SYSTEMS = pytest.mark.parametrize("name", all_systems())
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from stillhouse.base.errors import ConfigError, ModelError
+from stillhouse.runs import stage_artifacts
 from stillhouse.systems import get_system
-from stillhouse.workflow import resume, run_system, stage_artifacts
+from stillhouse.workflow import resume, run_system
 
 
 @pytest.fixture(scope="module")

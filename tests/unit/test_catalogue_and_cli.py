@@ -21,8 +21,8 @@ from stillhouse.base.taxonomy import AXES
 from stillhouse.cli.main import main
 from stillhouse.cli.recipe import parse_overrides, read_recipe, without_defaults
 from stillhouse.core.system import Meta
+from stillhouse.runs import RunOptions, split_values
 from stillhouse.systems import all_systems, get_system
-from stillhouse.workflow import RunOptions, split_values
 
 OWN = '''
 """A system of the user's own."""

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from stillhouse.base.errors import ConfigError
 from stillhouse.base.fields import check_fields, check_value, field_help, field_hints, field_type
 from stillhouse.core.system import Meta, System
+from stillhouse.runs import RunOptions, split_values
 from stillhouse.systems import all_systems, get_system
 from stillhouse.tasks.language import LanguageSystem
-from stillhouse.workflow import RunOptions, split_values
 
 
 @dataclass(kw_only=True)

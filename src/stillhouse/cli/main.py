@@ -251,7 +251,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path(
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")]) -> None:
     """Write the HTML report of a run and print its path."""
     from stillhouse.report import write_report
-    from stillhouse.workflow import run_record
+    from stillhouse.runs import run_record
 
     run_record(folder)
     print(write_report(folder))

@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 from stillhouse.base.errors import ConfigError
 from stillhouse.base.fields import field_help, field_hints, field_type
 from stillhouse.core.system import System
-from stillhouse.workflow import RunOptions
+from stillhouse.runs import RunOptions
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
