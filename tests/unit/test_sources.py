@@ -53,7 +53,16 @@ def test_order_depends_on_seed_and_epoch_only():
 
 
 def test_unshuffled():
-    assert take(batches(5, 2, shuffle=False), 3) == [[0, 1], [2, 3], [0, 1]]
+    assert take(batches(4, 2, shuffle=False), 3) == [[0, 1], [2, 3], [0, 1]]
+
+
+def test_unshuffled_reads_next_what_a_pass_left_out():
+    source = batches(5, 2, shuffle=False)
+    assert take(source, 3) == [[0, 1], [2, 3], [4, 0]]
+    state = source.state_dict()
+    fresh = batches(5, 2, shuffle=False)
+    fresh.load_state_dict(state)
+    assert take(fresh, 2) == take(source, 2) == [[1, 2], [3, 4]]
 
 
 @given(items=st.integers(4, 60), world=st.integers(1, 4), each=st.integers(1, 4), seed=st.integers(0, 9))

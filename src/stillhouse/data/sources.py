@@ -11,6 +11,9 @@ import torch
 class Batches:
     """Shuffled batches of a map-style data set, forever; the order depends on the seed and the epoch only.
 
+    With ``shuffle=False`` the order is the data's, and a pass goes on where the last one stopped, so that what is left
+    out of one is read in the next.
+
     Args:
         data: anything with ``len`` and ``[]``. If it takes a list of indices (as `datasets.Dataset` and tensors do),
             pass ``gather=True`` and a batch is one look-up.
@@ -55,7 +58,10 @@ class Batches:
         if self._order is None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             n = len(self.data)
-            self._order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+            if self.shuffle:
+                self._order = torch.randperm(n, generator=generator)
+            else:
+                self._order = torch.arange(n).roll(-self.epoch * len(self) * self.batch_size)
         start = self._position * self.batch_size
         rank, world = self.shard
         if self.batch_size % world:
