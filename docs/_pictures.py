@@ -284,13 +284,14 @@ def canaries(each: int = 6, prefix: int = 8) -> str:
 def in_context(count: int = 4, demos: int = 6) -> str:
     """Demonstrations of some maps from keys to labels, and a key that is asked for with its label."""
     rows = []
-    for seed in range(count):
-        records = key_map(KeyMaps().keys, KeyMaps().labels, copies=2, seed=seed)
+    learnt, _ = KeyMaps().maps()
+    for seed, chosen in enumerate(learnt[:count].tolist()):
+        records = key_map(chosen, KeyMaps().labels, copies=3)
         random.Random(seed).shuffle(records)
         asked = records[demos]
         pairs = [(f" {one['input']} {one['output']} ", FAINT, "") for one in records[:demos]]
         answer = [(f" {asked['input']} ", "#ffffff", ""), (f" {asked['output']} ", MARKED, "")]
-        rows.append([(f"map {seed}  ", "#ffffff", ""), *pairs, *answer])
+        rows.append([(f"map {seed + 1}  ", "#ffffff", ""), *pairs, *answer])
     return tokens(rows, width=66)
 
 

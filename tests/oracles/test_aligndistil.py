@@ -14,17 +14,22 @@ from torch import Tensor, nn
 
 from stillhouse import Observed
 from stillhouse.base.errors import ConfigError, DataError
+from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Turn
+from stillhouse.core.run import Run
 from stillhouse.core.schedule import Progress
-from stillhouse.data.preferences import chain_score, ranked, read_preferences
+from stillhouse.core.stage import Context
+from stillhouse.data.preferences import Scored, chain_score, ranked, read_preferences
 from stillhouse.data.reasoning import ArithmeticChain
-from stillhouse.data.responses import pack_rows
+from stillhouse.data.responses import Coder, pack_rows
 from stillhouse.losses.extrapolation import Extrapolation, linear_extrapolated_kl
 from stillhouse.losses.linear_divergence import OutputLayer
+from stillhouse.models.symbol_tokenizer import symbol_tokenizer
 from stillhouse.objectives import LanguageHead
 from stillhouse.objectives.alignment import ExtrapolatedTeacher, SequenceReward
+from stillhouse.rl.sampling import Response
 from stillhouse.systems import get_system
-from stillhouse.tasks.preferences import NoisyCorpus
+from stillhouse.tasks.preferences import NoisyCorpus, PreferenceTask
 
 V, DOUBLE = 8, torch.float64
 
@@ -224,10 +229,16 @@ def test_the_objective_against_a_loop():
 
 
 def test_the_code_s_mask_moves_by_one():
-    """Off-policy the authors' code judges the places of the response's tokens: the first prediction is left out."""
-    expected = sum(sum(map(token_loss, response[:-1])) / len(response[:-1]) for _, response in ROWS[2:])
+    """Off-policy the authors' code judges at the places of all the response's tokens, each of which predicts the next:
+    the first prediction is left out, and what would follow the end counts. Other rows and padding change nothing."""
     term = ExtrapolatedTeacher(*heads(TableModel(0)), Extrapolation(ratio=3.0), shifted=False)
-    assert term(pack_rows(ROWS[2:], 0), 0.0).item() == pytest.approx(expected)
+    alone = [sum(map(token_loss, response)) / len(response) for _, response in ROWS]
+    assert term(pack_rows(ROWS, 0), 0.0).item() == pytest.approx(sum(alone) / len(ROWS))
+    for row, expected in zip(ROWS, alone, strict=True):
+        beside = pack_rows([row, ([1] * 9, [2])], 0)
+        padded = {name: tensor[:1] for name, tensor in beside.items()}
+        for one in (pack_rows([row], 0), padded):
+            assert term(one, 0.0).item() == pytest.approx(expected)
 
 
 def test_an_empty_response_contributes_nothing():
@@ -286,6 +297,31 @@ def test_the_ablation_with_one_reward_a_response():
     assert values[1].weight == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("origin", ["plus", "minus"])
+def test_the_ablation_s_reference_is_that_of_the_tokens(origin):
+    """Its KL is nothing where the policy is the reference: the DPO model, or with contrast=reference the base model."""
+    how = Extrapolation(fixed=2.0, origin=origin)
+    kl = {}
+    for name, seed in (("plus", 1), ("minus", 2)):
+        term = SequenceReward(*heads(TableModel(seed)), how)
+        kl[name] = term.evaluate(Turn(term.signals()), pack_rows(ROWS, 0), Progress(0, 1))[1].value.item()
+    other = "minus" if origin == "plus" else "plus"
+    assert kl[origin] == pytest.approx(0, abs=1e-10) and kl[other] > 0.5
+
+
+@pytest.mark.parametrize("origin", ["plus", "minus"])
+def test_of_one_token_the_ablation_has_the_gradient_of_the_distillation(origin):
+    """The theorem: a policy without opinions writes every token equally often, so that each once is the expectation."""
+    how, batch, gradients = Extrapolation(fixed=0.4, origin=origin), pack_rows([([1], [v]) for v in range(V)], 0), []
+    for kind in (SequenceReward, ExtrapolatedTeacher):
+        policy = TableModel(0)
+        torch.nn.init.zeros_(policy.embed.weight)
+        kind(*heads(policy), how)(batch, 0.0).backward()
+        gradients.append(policy.embed.weight.grad)
+    assert gradients[0][1].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+
+
 # -- the pairs ------------------------------------------------------------------------------------------------------
 
 
@@ -300,12 +336,62 @@ def test_the_true_score():
 
 
 def test_pairs_are_ranked_and_a_share_is_turned_round():
-    scored = [[("a", 1.0), ("b", 2.0)], [("c", 1.0), ("d", 1.0)], [("e", 3.0), ("f", 0.0)]] * 400
+    two = [(("a", 1.0), ("b", 2.0)), (("c", 1.0), ("d", 1.0)), (("e", 3.0), ("f", 0.0))]
+    scored = [[Scored(*one, cut=one[0] in "bf") for one in pair] for pair in two] * 400
     pairs = ranked(["p"] * 1200, scored, flip=0.1, seed=0)
     assert len(pairs) == 800  # ties are dropped
     assert all((pair.chosen in "be") != pair.mistaken for pair in pairs)
     assert 0.07 < sum(pair.mistaken for pair in pairs) / 800 < 0.13
     assert not any(pair.mistaken for pair in ranked(["p"] * 1200, scored, flip=0.0, seed=0))
+    assert all(pair.cut == (pair.chosen in "bf", pair.rejected in "bf") for pair in pairs)
+
+
+def reasoning_task(folder: Path, system: Any) -> PreferenceTask:
+    """Sums for a model whose alphabet they are written in."""
+    coder, puzzle = Coder(symbol_tokenizer("0123456789,#+-*=")), ArithmeticChain()
+    problems = [{"prompt": "3+5+2+6+1="}, {"prompt": "1+1+1+1+1="}, {"prompt": "2+2+2+2+2="}]
+    return PreferenceTask(system, Run(folder, quiet=True), coder, "", problems, [], puzzle, puzzle)
+
+
+def test_a_response_that_was_cut_has_no_end(tmp_path, monkeypatch):
+    """The model wrote none: it must not learn to stop there, nor be told that stopping there is bad."""
+    system = get_system("aligndistil").make(max_new_tokens=9)
+    task = reasoning_task(tmp_path, system)
+    said = (
+        [("1,3,2,3#3", True), ("1,3,2,0,0,", False)],
+        [("2,3,4,5#5", True), ("0#0", True)],
+        [("4,6", False), ("0", False)],
+    )
+
+    class Stub:
+        def sample(self, prompts: Any, *, n: int, seed: int) -> list[list[Response]]:
+            return [[Response((), text, finished) for text, finished in two] for two in said]
+
+    monkeypatch.setattr(task, "load", lambda where: None)
+    monkeypatch.setattr(task, "sampler", lambda model: Stub())
+    writing = task._sampled(system)
+    stage = next(writing)
+    stage.execute(Context(task.run, tmp_path / "pairs", "pairs", seed=0))
+    with pytest.raises(StopIteration) as done:
+        writing.send(Artifact(tmp_path / "pairs" / "artifact", "data"))
+    pairs = done.value.value
+    assert [(pair.chosen, pair.rejected, pair.cut) for pair in pairs] == [
+        ("1,3,2,3#3", "1,3,2,0,0,", (False, True)),
+        ("2,3,4,5#5", "0#0", (False, False)),
+        ("4,6", "0", (True, True)),
+    ]
+    end = task.coder.end
+    for pair in pairs:
+        for swapped in (False, True):
+            rows = task._rows(pair, swapped=swapped)
+            texts, cut = (pair.chosen, pair.rejected), pair.cut
+            if swapped:
+                texts, cut = texts[::-1], cut[::-1]
+            assert [response[-1] != end for _, response in rows] == list(cut)
+            assert [task.coder.text(response) for _, response in rows] == list(texts)
+            assert all(end not in response[:-1] for _, response in rows)
+    task._split(system, pairs)
+    assert len(task.training) + len(task.kept) == 3  # of ten tokens with its end, or without
 
 
 def test_the_noise_of_the_embedded_corpus():

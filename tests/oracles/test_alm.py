@@ -351,6 +351,17 @@ def test_divergences_against_their_formulas(a, b, temperature):
         assert found.item() == pytest.approx(value, rel=1e-6, abs=1e-9), name
 
 
+def test_renyi_near_order_one_is_kl_and_its_order_counts():
+    a, b = torch.tensor(-0.7, dtype=torch.float64), torch.tensor(-1.9, dtype=torch.float64)
+    kl = ChunkDivergence("binary-kl", 1.0)(a, b).item()
+    assert ChunkDivergence("renyi", order=1 - 1e-6)(a, b).item() == pytest.approx(kl, rel=1e-4)
+    p, q = math.exp(-0.7), math.exp(-1.9)
+    expected = math.log(p**2 / q + (1 - p) ** 2 / (1 - q))
+    assert ChunkDivergence("renyi", order=2.0)(a, b).item() == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="order 1"):
+        ChunkDivergence("renyi", order=1.0)
+
+
 @pytest.mark.parametrize("name", ["binary-ce", "binary-kl", "reverse-binary-kl", "limit", "renyi", "half-square", "k3"])
 def test_nothing_pulls_where_the_likelihoods_agree(name):
     """The gradient is zero there, and leads there from both sides."""
@@ -1006,10 +1017,37 @@ def test_a_student_with_the_teacher_s_tokenizer_begins_as_the_teacher(folder, tm
     assert found["student/gap"] < 0.1 and found["student/agreement"] > 0.95
 
 
+def test_a_student_of_bytes_sees_subwords_and_is_loaded_as_it_was_left(folder, tmp_path):
+    from stillhouse.models import load_causal_lm
+
+    values = {"tokenizer": "bytes", "expand": True, "student": str(folder / "other"), "hidden_layers": "all"}
+    found = run(folder, tmp_path / "run", **values)
+    left = next((tmp_path / "run" / "stages").glob("*-student")) / "artifact"
+    student, tokenizer = load_causal_lm(str(left))
+    first, _ = load_causal_lm(str(folder / "other"))
+    expansion: Any = student.get_input_embeddings().expansion  # type: ignore[operator]
+    ids = torch.tensor(tokenizer("the weather")["input_ids"])[None]
+    rows = expansion.table[expansion.find(ids)][0]
+    old = first.get_input_embeddings().weight  # type: ignore[operator]
+    assert all((old == row).all(1).any() for row in rows)  # after training still rows of the student's own old table
+    assert math.isfinite(found["student/bits_per_byte"])
+    with torch.no_grad():
+        assert not torch.allclose(
+            student(input_ids=ids).logits, student(inputs_embeds=student.get_input_embeddings().weight[ids]).logits
+        )
+
+
+def test_audits_that_compare_token_by_token_are_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="two tokenizers"):
+        run(folder, tmp_path / "run", audits=["fidelity"])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"packing": True}, "packed conversations"),
+        ({"expand": True, "student": "layers=1"}, "expand=true needs a student"),
+        ({"expand": True, "tokenizer": "bpe:280"}, "tokenizers of bytes"),
         ({"tokenizer": "bpe:many"}, "write bpe:N"),
         ({"tokenizer": "bpe:20"}, "vocab_size=20"),
         ({"teacher": "http://localhost:1/v1#m"}, "likelihoods"),

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from watching import watched
 
-from stillhouse import Observed
+from stillhouse import Observed, Run
 from stillhouse.base.errors import ConfigError, ModelError
 from stillhouse.core.observed import Turn
 from stillhouse.core.schedule import Progress
@@ -26,8 +27,10 @@ from stillhouse.objectives import LanguageHead
 from stillhouse.objectives.ppo import ClippedPolicy, ValueMatch
 from stillhouse.rl.gae import generalised_advantages, shaped_rewards, whitened
 from stillhouse.rl.rewards import Added, ShapedReward, Unclosed
+from stillhouse.rl.sampling import Response
 from stillhouse.systems import get_system
-from stillhouse.tasks.rlhf import StyleCorpus, long_trace
+from stillhouse.tasks.reasoning import ReasoningTask
+from stillhouse.tasks.rlhf import Family, StyleCorpus, long_trace
 
 DOUBLE = torch.float64
 
@@ -373,7 +376,7 @@ def test_the_card_s_diagnostics():
     assert recovery_time([1.0, 1.1, 1.2]) == 0 and reward_dip([1.0, 1.1]) == 0
     assert reward_dip([1.0, 0.9, 0.0], horizon=1) == pytest.approx(0.1)  # later falls are no beginning
     assert collapse_ratio([10.0, 12.0, 1.0], horizon=1) == 1.0
-    assert by_round([1.0, 3.0, 5.0, 7.0, 9.0], 2) == [2.0, 6.0, 9.0]
+    assert by_round([1.0, 3.0, 5.0, 7.0, 9.0], [1.0, 1.0, 2.0, 2.0, 3.0]) == [2.0, 6.0, 9.0]
 
 
 def test_the_system_says_what_is_missing():
@@ -395,3 +398,160 @@ def test_the_merge_s_index_names_every_tensor(tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     first = json.loads((tmp_path / "0" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == first["weight_map"]
+
+
+# -- the system on models of one's own ------------------------------------------------------------------------------
+
+
+def end_with(folder: str, token: int, template: str | None = None) -> str:
+    """Give a saved model another end of text, and a chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token, tokenizer.chat_template = tokenizer.convert_ids_to_tokens(token), template
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        file = Path(folder) / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": token}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def relatives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Three models with ends of text of their own, of which one has a chat template, and problems."""
+    folder = tmp_path_factory.mktemp("relatives")
+    rows = [{"prompt": f"the cat sees {'the old ' * n}river", "answer": str(n), "trace": f"#{n}"} for n in range(60)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    template = "{% for m in messages %}the dog {{ m['content'] }}{% endfor %}"
+    return {
+        "model": save(folder / "ancestor", 0),
+        "instruct": end_with(save(folder / "instruct", 1), 5, template),
+        "reasoning": end_with(save(folder / "reasoning", 2), 7),
+        "data": str(folder / "problems.jsonl"),
+    }
+
+
+def own(relatives: dict[str, str], **more: Any) -> Any:
+    values = {"prompts": 20, "minibatches": 8, "steps": 9, "max_new_tokens": 3, "eval_problems": 2, "eval_samples": 1}
+    return get_system("bai").make(**relatives, **{**values, "validation": 0.2, **more})
+
+
+def test_the_merge_is_what_is_reinforced_and_stayed_close_to(relatives, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    names = [relatives[role] for role in ("model", "instruct", "reasoning")]
+    ancestor, *others = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in names)
+    expected = merge_states(ancestor, others, balanced(0.25, 0.8))
+    student = watched(own(relatives, share=0.25, alpha=0.8), tmp_path / "run", until="student")[0]["student"]
+    actor, critic = student.players
+    for module in (actor.trained[0].module, student.source.sampler.model):
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+    body = critic.trained[0].module.state_dict()
+    key = next(name for name in body if name.endswith("layers.1.mlp.up_proj.weight"))
+    assert torch.equal(body[key], expected["model.layers.1.mlp.up_proj.weight"])
+    rollouts = next(student.source)  # of the very weights that are stayed close to
+    torch.testing.assert_close(rollouts["old_logp"], rollouts["ref_logp"])
+
+
+@pytest.mark.parametrize(("merge", "giver", "end"), [((0.5, 0.6), "instruct", 5), ((0.0, 0.6), "reasoning", 7)])
+def test_the_actor_ends_and_is_asked_as_the_merge_is(relatives, tmp_path, merge, giver, end):
+    """Rollouts, rewards, the table and the result go by the merge's tokenizer, which ``share=0`` takes elsewhere."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    share, alpha = merge
+    seen, left = watched(own(relatives, share=share, alpha=alpha), tmp_path / "run")
+    student, text = seen["student"], "the cat"
+    asked = student.source.sampler.coder
+    assert asked is student.source.coder and asked.end == end
+    expected = AutoTokenizer.from_pretrained(relatives[giver])
+    read = expected("the dog the cat" if giver == "instruct" else "the cat")["input_ids"]
+    assert asked.prompt(text) == read and student.source.coder.response(text)[-1] == end
+    for stage in ("merged", "student"):
+        found = AutoTokenizer.from_pretrained(left[stage].path)
+        assert (found.eos_token_id, found.chat_template) == (end, expected.chat_template)
+        assert AutoModelForCausalLM.from_pretrained(left[stage].path).generation_config.eos_token_id == end
+
+
+def test_models_are_measured_by_their_own_tokenizers(relatives, tmp_path, monkeypatch):
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "stillhouse.rl.sampling.LiveSampler._write",
+        lambda self, rows, device: (
+            asked.append((self.coder.end, len(rows[0]))) or [Response((self.coder.end,), "", True) for _ in rows]
+        ),
+    )
+    family = next_family(own(relatives))
+    family.task.run = Run(tmp_path / "run", quiet=True)
+    models = {role: relatives[role] for role in ("model", "instruct", "reasoning")}
+    family.task.run.execute([family.evaluation(models)])
+    assert list(dict.fromkeys(end for end, _ in asked)) == [family.task.coder.end, 5, 7]
+    lengths = dict(reversed(asked))
+    assert lengths[5] == lengths[7] + len(family.task.coder.tokenizer(" the dog")["input_ids"])
+
+
+def next_family(system: Any) -> Family:
+    stages = Family.prepare(
+        system, Run("unused", quiet=True), instruct=system.instruct, reasoning=system.reasoning, tuning={}, lr=1.0
+    )
+    with pytest.raises(StopIteration) as end:
+        next(stages)
+    return end.value.value
+
+
+def test_of_what_nothing_is_taken_nothing_is_asked(relatives, tmp_path):
+    """``share=0`` leaves out the sibling, even one that does not fit; ``alpha=0`` is the ancestor and its files."""
+    from transformers import AutoTokenizer
+
+    wide = save(tmp_path / "wide", 1, intermediate_size=48)
+    system = own({**relatives, "instruct": wide}, share=0.0)
+    assert "student" in watched(system, tmp_path / "one", until="student")[0]
+    plain = watched(own(relatives, alpha=0.0), tmp_path / "two", until="student")[1]["merged"]
+    assert AutoTokenizer.from_pretrained(plain.path).eos_token_id == AutoTokenizer.from_pretrained(
+        relatives["model"]
+    ).eos_token_id  # fmt: skip
+
+
+def test_alpha_is_chosen_on_problems_that_are_not_reported_on(relatives, tmp_path, monkeypatch):
+    looks: dict[str, list[str]] = {}
+    plain = ReasoningTask.answers
+
+    def answers(self: Any, model: Any, *, problems: Any = None, **how: Any) -> Any:
+        chosen = self.test_problems if problems is None else problems
+        looks.setdefault(model.name_or_path, []).extend(problem["prompt"] for problem in chosen)
+        return plain(self, model, problems=problems, **how)
+
+    monkeypatch.setattr(ReasoningTask, "answers", answers)
+    system = own(relatives, sweep=(0.4, 0.8), sweep_steps=1, steps=1, eval_problems=200)
+    seen, left = watched(system, tmp_path / "run")
+    by_stage = {Path(folder).parent.name: set(prompts) for folder, prompts in looks.items()}
+    tuned = by_stage["01-merged-0.4"]
+    assert tuned == by_stage["03-merged-0.8"] and len(tuned) == 6  # half of the twelve that are held out
+    reported = set(looks[str(left["student"].path)])
+    trained = {problem["prompt"] for problem in seen["student"].source.problems.data}
+    assert len(reported) == 6 and not tuned & reported and not tuned & trained and not reported & trained
+    single = next_family(own(relatives, validation=0.01))
+    with pytest.raises(ConfigError, match="raise validation"):
+        single.set_aside()
+
+
+def test_the_embedded_sweep_leaves_what_is_reported_as_it_is():
+    """100 of 200 held-out problems are reported on, with and without a sweep."""
+    problems = [{"prompt": str(n)} for n in range(200)]
+    system = get_system("bai").make(sweep=(0.4,))
+    task = ReasoningTask(system, None, None, "", [], problems[:100], None, None, problems)  # type: ignore[arg-type]
+    family = Family(task, system, "", "", None)  # type: ignore[arg-type]
+    assert family.set_aside() == problems[150:] and family.task.test_problems == problems[:100]
+
+
+def test_rounds_are_those_that_were_written(relatives, tmp_path):
+    """Twenty rollouts into eight parts are seven: the eighth step begins the second round."""
+    _, left = watched(own(relatives, steps=15), tmp_path / "run", until="stability")
+    family = next_family(own(relatives))
+    course = family.course(left["student"])
+    assert len(course["reward"]) == 3
+    lines = [json.loads(line) for line in (left["student"].path.parent / "metrics.jsonl").open()]
+    steps = [line["values"] for line in lines if "Policy.tokens" in line.get("values", {})]
+    assert [one["Policy.round"] for one in steps] == [1.0] * 7 + [2.0] * 7 + [3.0]
+    tokens = [one["Policy.tokens"] for one in steps]
+    assert course["tokens"] == pytest.approx([sum(tokens[:7]) / 7, sum(tokens[7:14]) / 7, tokens[14]])

@@ -30,6 +30,7 @@ from stillhouse.models.sparse_masks import (
 )
 from stillhouse.models.tokenizers import train_bpe
 from stillhouse.models.vocab_trimming import cut_down, inherited_layers, trim_tokenizer, used_tokens
+from stillhouse.models.width_reduction import narrowed, projected, sampled_states, top_directions
 from stillhouse.objectives.encoders import SoftTargets
 from stillhouse.tasks.bilingual import inner_match
 
@@ -334,3 +335,85 @@ def test_languages_take_turns_and_are_resumed():
     for expected in seen[3:]:
         found = next(resumed)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# -- width ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_top_directions_leave_the_tail_singular_values():
+    states = torch.randn(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = states * torch.linspace(3, 0.1, 12, dtype=torch.float64) + 1.0  # not centred
+    values = torch.linalg.svdvals(states)
+    for width in (1, 5, 12):
+        found = top_directions(states, width)
+        torch.testing.assert_close(found.T @ found, torch.eye(width, dtype=torch.float64))
+        left = states - states @ found @ found.T
+        torch.testing.assert_close(left.square().sum(), values[width:].square().sum(), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close((states @ found).norm(dim=0), values[:width])  # by falling singular value
+        torch.testing.assert_close(projected(states, width).norm(), values[:width].norm())
+    with pytest.raises(ModelError, match="give more text"):
+        top_directions(states[:4], 5)
+
+
+def test_the_full_width_is_a_rotation():
+    states = torch.randn(30, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    turned = states @ top_directions(states, 12)
+    torch.testing.assert_close(turned @ turned.T, states @ states.T)  # lengths and angles stay
+
+
+def hidden_states(model: BertForSequenceClassification, data: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    inputs = {key: data[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        return model(**inputs, output_hidden_states=True).hidden_states
+
+
+def test_a_projected_teacher_is_matched_where_its_states_are_seen():
+    """Against the definition; full width and copied weights with the identity as directions give no loss."""
+    teacher, data = classifier(4), batch()
+    copied = cut_down(teacher, torch.arange(60), layers=range(4), tokenizer=unigram())
+    same = inner_match(Observed(copied), Observed(teacher, frozen=True), [torch.eye(12)] * 5)
+    assert float(same(data)) == 0.0
+    states = hidden_states(teacher, data)
+    directions = [top_directions(layer.flatten(0, 1), 6) for layer in states]
+    small = narrowed(cut_down(teacher, torch.arange(60), layers=[1, 3], tokenizer=unigram()), 2, seed=0)
+    match = inner_match(Observed(small), Observed(teacher, frozen=True), directions)
+    blind = inner_match(Observed(small), Observed(teacher, frozen=True), [torch.zeros(12, 6)] * 5)
+    expected = 0.0  # what hidden states differ by, beyond attention, which both have
+    for place, own in enumerate(hidden_states(small, data)):
+        seen = states[2 * place] @ directions[2 * place]
+        square = ((own - seen).square() - own.square()).sum(-1) * data["attention_mask"]
+        expected += float(square.sum()) / (8 * 6) / 3
+    assert float((match(data) - blind(data)).detach()) == pytest.approx(expected, rel=1e-4)
+    assert not list(match.parameters())  # the directions do not learn
+
+
+def test_a_narrower_student_keeps_the_heads_and_sees_the_embeddings_projected():
+    model = classifier(2)
+    small = narrowed(model, 2, seed=0)
+    config = small.config
+    assert (config.hidden_size, config.intermediate_size, config.num_attention_heads) == (6, 10, 3)
+    table = model.get_input_embeddings().weight
+    torch.testing.assert_close(small.get_input_embeddings().weight, table @ top_directions(table, 6))
+    again = narrowed(model, 2, seed=0)
+    assert all(torch.equal(one, other) for one, other in zip(small.parameters(), again.parameters(), strict=True))
+    with pytest.raises(ModelError, match="hidden_factor=3"):
+        narrowed(model, 3, seed=0)
+
+
+def test_padding_is_never_sampled():
+    data = batch()
+    inputs = {key: data[key] for key in ("input_ids", "attention_mask")}
+    model = classifier(2)
+    drawn = sampled_states(model, inputs, count=50, generator=torch.Generator().manual_seed(0))
+    assert len(drawn) == 3 and drawn[0].shape == (100, 12)
+    for layer, states in enumerate(hidden_states(model, data)):
+        real = torch.cat([states[0], states[1, :3]])
+        which = (drawn[layer][:, None] - real).abs().amax(-1).min(1)
+        assert float(which.values.max()) < 1e-5 and len(set(which.indices.tolist())) == 8
+
+
+def test_a_student_has_no_dropout():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**{**SMALL, "hidden_dropout_prob": 0.1}, num_hidden_layers=2))
+    small = cut_down(model, torch.arange(60), layers=[1], tokenizer=unigram())
+    assert small.config.hidden_dropout_prob == 0.0 and model.config.hidden_dropout_prob == 0.1

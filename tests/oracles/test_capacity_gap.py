@@ -29,6 +29,9 @@ from stillhouse.models.lm_pruning import (
 )
 from stillhouse.models.pruning import prune
 from stillhouse.models.scaling import config_parameters
+from stillhouse.models.tokenizer_transfer import transplant
+from stillhouse.models.tokenizers import train_bpe
+from stillhouse.models.vocab_extension import extended_from, merged, with_tokens
 from stillhouse.objectives.language import TokenCrossEntropy, TokenMatch, head_of
 
 # -- the law --------------------------------------------------------------------------------------------------------
@@ -231,7 +234,7 @@ def test_the_size_of_minima():
     assert config_parameters(config) == pytest.approx(2.91e9, rel=2e-3)
 
 
-# -- GPT-2 and GPT-NeoX, which fuse queries, keys and values ------------------------------------------------------------
+# -- GPT-2 and GPT-NeoX, which fuse queries, keys and values --------------------------------------------------------
 
 
 def fused(kind, **sizes):
@@ -314,7 +317,7 @@ def test_fused_models_cutting_heads_and_neurons_is_masking_them(kind):
 def test_fused_models_hidden_dimensions_that_repeat_others_can_be_cut_exactly(kind):
     """A norm's mean and deviation stay when every dimension is there twice and one copy, which nobody reads, leaves."""
     model = fused(kind)
-    hidden, layers = groups_of(model)
+    hidden, _ = groups_of(model)
     layout, blocks = layers_of(model)
     twin = torch.arange(16).view(8, 2)  # dimension 2 i + 1 repeats dimension 2 i
     reads = [*(one.path for one in layout.makes), *layout.inner]
@@ -409,3 +412,63 @@ def test_a_teacher_sure_of_the_labels_teaches_them():
     found = linear_divergence(hidden, weight, sure, torch.eye(7), divergence=ForwardKL())
     expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels)
     torch.testing.assert_close(found.divergence, expected)
+
+
+# -- a larger vocabulary --------------------------------------------------------------------------------------------
+
+ENGLISH = "the river runs by the old mill and the river sings"
+GERMAN = "ein Vogel sitzt auf der Brücke und singt"
+
+
+def test_merging_tokenizers_keeps_old_text_and_shortens_new():
+    old, other = train_bpe([ENGLISH] * 5, vocab_size=300), train_bpe([GERMAN] * 5, vocab_size=330)
+    larger, parts = merged(old, other)
+    assert larger(ENGLISH)["input_ids"] == old(ENGLISH)["input_ids"]
+    found = larger(GERMAN)["input_ids"]
+    assert larger.decode(found) == GERMAN and len(found) < len(old(GERMAN)["input_ids"]) / 2
+    assert set(larger.get_vocab()) == set(old.get_vocab()) | set(other.get_vocab())
+    assert all(larger.get_vocab()[token] == number for token, number in old.get_vocab().items())
+    assert parts[: len(old)] == [[number] for number in range(len(old))] and len(parts) == len(larger)
+    for number in range(len(old), len(larger)):  # the parts spell the token
+        token = larger.convert_ids_to_tokens(number)
+        assert "".join(old.convert_ids_to_tokens(parts[number])) == token
+    assert (larger.eos_token_id, larger.pad_token_id) == (old.eos_token_id, old.pad_token_id)
+
+
+def test_added_tokens_after_the_vocabulary_keep_their_ids():
+    old = train_bpe([ENGLISH] * 5, vocab_size=300)
+    old.add_tokens(["<tool>"])
+    larger, _ = merged(old, train_bpe([GERMAN] * 5, vocab_size=330))
+    assert larger.convert_tokens_to_ids("<tool>") == old.convert_tokens_to_ids("<tool>") == len(old) - 1
+    assert larger("a<tool>")["input_ids"] == old("a<tool>")["input_ids"]
+
+
+def test_whole_tokens_from_a_file(tmp_path):
+    old = train_bpe([ENGLISH] * 5, vocab_size=300)
+    file = tmp_path / "tokens.txt"
+    file.write_text("Vogel\nthe\n\nVogel\nsitzt\n")
+    larger, parts = extended_from(old, str(file))
+    assert larger.convert_ids_to_tokens(range(len(old), len(larger))) == ["Vogel", "sitzt"]  # "the" is old
+    assert old.decode(parts[-1]) == "sitzt" and len(old(GERMAN)["input_ids"]) - len(larger(GERMAN)["input_ids"]) == 8
+    for text, said in (("\n", "no token in it is new"), ("Brücke", "would not be read back")):
+        file.write_text(text)
+        with pytest.raises(ModelError, match=said):
+            extended_from(old, str(file))
+    with pytest.raises(ModelError, match="no such file"):
+        extended_from(old, str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_begin_as_the_mean_of_their_parts_and_old_logits_stay(tied):
+    old = train_bpe([ENGLISH] * 5, vocab_size=300)
+    larger, parts = with_tokens(old, ["Vogel"])
+    model = new_causal_lm(llama(vocab_size=len(old) + 3, tie_word_embeddings=tied), seed=0).eval()  # padded rows
+    made = transplant(model, parts, larger)
+    ids = old("Vogel", add_special_tokens=False)["input_ids"]
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = getattr(model, get)().weight, getattr(made, get)().weight
+        assert torch.equal(after[: len(old)], before[: len(old)]) and len(after) == len(larger)
+        torch.testing.assert_close(after[-1], before[ids].mean(0))
+    batch = {"input_ids": torch.tensor([old(ENGLISH)["input_ids"]])}
+    with torch.no_grad():
+        torch.testing.assert_close(made(**batch).logits[..., : len(old)], model(**batch).logits[..., : len(old)])

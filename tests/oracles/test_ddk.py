@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stillhouse import Observed
 from stillhouse.base.errors import ConfigError, DataError
 from stillhouse.core.schedule import Progress
-from stillhouse.data.domain_mixture import Discrepancy, DomainMixture, discrepancy_weights, smoothed_weights
+from stillhouse.data.domain_mixture import (
+    Discrepancy,
+    DomainMixture,
+    discrepancy_weights,
+    excess_weights,
+    smoothed_weights,
+)
 from stillhouse.data.domains import load_domains
 from stillhouse.data.toy_domains import CHARACTERS, DOMAINS, LETTERS, ToyDomains, toy_domains
 from stillhouse.data.windows import WindowSplit
 from stillhouse.metrics.sequence_loss import mean_loss, perplexity
 from stillhouse.models.character_tokenizer import character_tokenizer
+from stillhouse.objectives.domain_weights import ExcessWeightedLoss
+from stillhouse.objectives.language import head_of
 from stillhouse.systems import get_system
 from stillhouse.tasks import domains, language
-from stillhouse.workflow import run_system
+from stillhouse.workflow import resume, run_system
+
+sys.path.append(str(Path(__file__).parents[1] / "systems"))
+import helpers
 
 # -- the factor -----------------------------------------------------------------------------------------------------
 
@@ -95,6 +107,55 @@ def test_only_ratios_count_and_huge_ones_are_clipped():
 def test_without_smoothing_there_is_no_memory():
     rule = Discrepancy((1.0, 1.0), smooth=False)
     assert rule([0.99, 0.01], [1.0, 2.0]) == pytest.approx(discrepancy_weights(torch.tensor([1.0, 2.0])).tolist())
+
+
+def test_doremi_s_rule_by_hand():
+    """Xie et al., algorithm 1: multiplicative weights of the excess, clipped at 0, and a uniform share of c."""
+    weight_D, excess_D = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, -2.0, 1.0])
+    raised = [0.5 * math.exp(0.8), 0.3, 0.2 * math.exp(2.0)]
+    found = excess_weights(weight_D, excess_D, step=2.0, smoothing=0.03)
+    assert found.tolist() == pytest.approx([0.97 * one / sum(raised) + 0.01 for one in raised])
+    assert found.sum().item() == pytest.approx(1)
+    no_worse = excess_weights(weight_D, torch.full((3,), -1.0), smoothing=0.0)
+    assert no_worse.tolist() == pytest.approx(weight_D.tolist())  # nobody behind: nothing moves
+    assert excess_weights(weight_D, excess_D, smoothing=1.0).tolist() == pytest.approx([1 / 3] * 3)
+    after = weight_D
+    for _ in range(400):  # the floor lets a domain come back
+        after = excess_weights(after, excess_D, smoothing=1e-3)
+    assert after.min().item() >= 1e-3 / 3 - 1e-12 and after.argmax() == 2
+
+
+def test_the_proxy_s_loss_and_weights_against_whole_logits():
+    """Two steps: weights before the loss, per-token clipping, a domain that is missing keeps its excess."""
+    proxy, reference = llama(0, 12), llama(1, 12)
+    heads = head_of(Observed(proxy)), head_of(Observed(reference, frozen=True))
+    term = ExcessWeightedLoss(*heads, domains=3, step=1.5, smoothing=0.1, vocab_size=12)
+    random = torch.Generator().manual_seed(0)
+    weights, excess, seen = torch.full((3,), 1 / 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), []
+    for rows in ([0, 1, 1, 2], [2, 0, 0, 0]):
+        ids_BT, domain_B = torch.randint(0, 12, (4, 9), generator=random), torch.tensor(rows)
+        found = term({"input_ids": ids_BT, "domain": domain_B}, Progress(0, 10))
+        nats = [
+            torch.nn.functional.cross_entropy(
+                model(input_ids=ids_BT).logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none"
+            ).view(4, 8)
+            for model in (proxy, reference)
+        ]
+        clipped = (nats[0] - nats[1]).detach().clamp(min=0)
+        assert 0 < (clipped == 0).float().mean() < 1
+        for domain in set(rows):
+            excess[domain] = clipped[domain_B == domain].double().mean()
+        weights = excess_weights(weights, excess, step=1.5, smoothing=0.1)
+        seen.append(weights)
+        expected = sum(weights[domain] * nats[0][domain_B == domain].mean() for domain in set(rows))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        mine, whole = (torch.autograd.grad(one, proxy.lm_head.weight)[0] for one in (found, expected))
+        torch.testing.assert_close(mine.double(), whole.double(), atol=1e-6, rtol=1e-4)
+    assert term.mean_weights == pytest.approx(torch.stack(seen).mean(0).tolist())
+    with torch.no_grad():
+        term({"input_ids": ids_BT, "domain": domain_B}, Progress(0, 10))
+    assert float(term.steps) == 2  # what is only measured moves nothing
+    assert {"weight", "excess", "total", "steps"} <= set(term.state_dict())
 
 
 # -- the mixture ----------------------------------------------------------------------------------------------------
@@ -368,6 +429,30 @@ def test_a_fixed_mixture_looks_at_nobody(materials, tmp_path, monkeypatch):
     assert left["course"] == [] and "teacher-perplexities" not in done.artifacts
     assert min(left["drawn"]) > 0.5 * 12 * 8 / 4
     assert done.artifacts["domains"].metrics["student/weight_change"] == 0
+
+
+def test_doremi_s_mixture_is_the_mean_of_its_proxy_s_weights_and_survives_a_kill(materials, tmp_path, monkeypatch):
+    """The student reads by it from the first step on; nobody looks at the student meanwhile."""
+    monkeypatch.setattr(language, "tokens_per_second", lambda *_: 1.0)
+    values = {"window": 16, "steps": 30, "batch_size": 16, "validation": 0.2, "selection": 0.2, "trackers": []}
+    values |= {"teacher": str(materials / "teacher"), "data": str(materials / "text"), "student": "layers=1"}
+    values |= {"lr": 1e-2, "mixture": "doremi", "doremi_step": 5.0}
+    done = run_system("ddk", values, output=tmp_path / "run", quiet=True)
+    weights = done.artifacts["proxy"].json(domains.WEIGHTS)
+    assert sum(weights) == pytest.approx(1) and max(weights) > 1.2 * min(weights)
+    left = done.artifacts["student"].json(domains.COURSE)
+    drawn = torch.tensor(left["drawn"]) / sum(left["drawn"])
+    assert left["course"] == [] and sum(left["drawn"]) == 480
+    torch.testing.assert_close(drawn, torch.tensor(weights), atol=0.08, rtol=0)
+    natural = torch.tensor([row["windows"] for row in done.artifacts["domains"].table().rows], dtype=torch.float)
+    assert 2 * (drawn - torch.tensor(weights)).abs().max() < (drawn - natural / natural.sum()).abs().max()
+    logged = [json.loads(line) for file in done.folder.glob("stages/*-proxy/metrics.jsonl") for line in file.open()]
+    assert any("weight of sums" in str(line) for line in logged)
+    helpers.run_and_kill("ddk", {**values, "checkpoint_minutes": 1e-9}, tmp_path / "killed", after=3)
+    again = resume(tmp_path / "killed", quiet=True)
+    assert again.artifacts["proxy"].json(domains.WEIGHTS) == weights
+    one, other = (helpers.weights(each.artifacts["student"].path) for each in (again, done))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_the_same_model_has_a_ratio_of_one(materials):

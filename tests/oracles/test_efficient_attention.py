@@ -20,6 +20,7 @@ from transformers import (
 
 from stillhouse.base.errors import DataError, ModelError
 from stillhouse.core.observed import Observed
+from stillhouse.metrics.answers import answer_f1, answer_scores, answer_words
 from stillhouse.models.efficient_attention import (
     PeakTensors,
     alternate_layers,
@@ -40,8 +41,11 @@ from stillhouse.tasks.long_context import (
     encode_tagged,
     entities,
     entity_f1,
+    first_answer,
     make_document,
     mix_lengths,
+    pareto,
+    read_questions,
     read_tagged,
     retention,
 )
@@ -50,6 +54,7 @@ EFFICIENT: dict[str, dict[str, Any]] = {
     "longformer": {"attention": "longformer", "window": 8},
     "bigbird": {"attention": "bigbird", "block": 4, "random_blocks": 1},
     "nystromformer": {"attention": "nystromformer", "landmarks": 8},
+    "lsg": {"attention": "lsg", "block": 4, "global_ids": [3, 4]},
 }
 every_kind = pytest.mark.parametrize("kind", EFFICIENT)
 
@@ -100,6 +105,11 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         (32, {"attention": "full"}),
         (64, {"attention": "longformer", "window": 64}),  # a window as wide as the text
         (32, {"attention": "nystromformer", "landmarks": 32}),  # every token a landmark
+        (32, {"attention": "lsg", "block": 16, "selection": "none"}),  # two blocks, each other's neighbours
+        (32, {"attention": "lsg", "block": 11, "factor": 1, "selection": "norm"}),  # three, and all tokens beyond
+        (32, {"attention": "lsg", "block": 11, "factor": 1, "selection": "pooling"}),
+        (32, {"attention": "lsg", "block": 11, "factor": 1, "selection": "strided"}),
+        (32, {"attention": "lsg", "block": 11, "factor": 1, "selection": "block-strided"}),
     ],
 )
 def test_attention_that_sees_everything_is_full_attention(source, length, options, batch):
@@ -174,7 +184,7 @@ def test_position_i_of_the_long_table_is_position_i_of_the_short_one(source, kin
         assert torch.equal(own[place], theirs[place % 20])
 
 
-@pytest.mark.parametrize("kind", ["longformer", "bigbird"])
+@pytest.mark.parametrize("kind", ["longformer", "bigbird", "lsg"])
 def test_what_stands_in_the_padding_does_not_matter(kind, batch):
     """Nystromformer is left out: its landmarks are means over segments, padding included."""
     model = convert_encoder(encoder(), length=32, **EFFICIENT[kind])
@@ -193,6 +203,8 @@ def test_what_cannot_be_converted():
         convert_encoder(before, "full", length=64, trained=33)
     with pytest.raises(ModelError, match="gpt2 model cannot be converted"):
         convert_encoder(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)), "full", length=8)
+    with pytest.raises(ModelError, match="a multiple of the factor"):
+        convert_encoder(before, "lsg", length=32, block=9, factor=2)
 
 
 # -- students -------------------------------------------------------------------------------------------------------
@@ -298,6 +310,43 @@ def test_an_inside_without_a_beginning_begins_an_entity():
 
 def test_retention():
     assert retention(0.7, 0.7) == 1.0 and retention(0.45, 0.9) == 0.5
+
+
+def test_answers_by_hand():
+    assert answer_words("The  Eiffel-Tower, (a) tall one.") == ["eiffeltower", "tall", "one"]
+    assert answer_f1("the blue whale", "blue whale!") == 1.0 and answer_f1("", "x") == 0.0
+    assert answer_f1("a big big dog", "big dog barks") == pytest.approx(2 * 2 / (3 + 3))  # one of the two counts
+    exact, f1 = answer_scores(["blue whale", "big dog"], [["a whale", "The blue whale"], ["dog"]])
+    assert exact == 0.5 and f1 == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_the_first_entity_answers():
+    words, tags = ["who", "Ada", "Lovelace", "and", "Bob"], ["O", "B-ANS", "I-ANS", "O", "B-ANS"]
+    assert first_answer(words, tags) == "Ada Lovelace" and first_answer(words, ["O"] * 5) == ""
+
+
+def test_the_front_of_cost_and_score():
+    assert pareto([1, 2, 3, 2], [0.5, 0.7, 0.7, 0.6]) == [True, True, False, False]
+    assert pareto([1, 1], [0.5, 0.5]) == [True, True]
+
+
+def test_questions_of_the_users_own(tmp_path):
+    file = tmp_path / "asked.jsonl"
+    right = {"question": "Who wrote notes?", "context": "It was Ada Lovelace, who wrote.", "answers": ["Ada Lovelace"]}
+    file.write_text("\n".join([json.dumps(right)] * 8), encoding="utf-8")
+    (first, *_), head = read_questions(str(file)), ["Who", "wrote", "notes?"]
+    assert first.words == [*head, "It", "was", "Ada", "Lovelace,", "who", "wrote."] and first.head == 3
+    assert first.tags == ["O"] * 5 + ["B-ANS", "I-ANS", "O", "O"] and first.answers == ("Ada Lovelace",)
+    assert answer_scores([first_answer(first.words, first.tags)], [first.answers]) == (1.0, 1.0)
+    for text, problem in (
+        ("{", "line 1: must be"),
+        (json.dumps({**right, "answers": ["Bob"]}), "no answer of"),
+        (json.dumps({**right, "question": ""}), "has no words"),
+        (json.dumps(right), "1 questions"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=problem):
+            read_questions(str(file))
 
 
 # -- what it costs --------------------------------------------------------------------------------------------------

@@ -167,7 +167,35 @@ def test_ranked_lists_of_all_classes(ranking):
     found = RankedGuesses(own, signal(teacher)[0], own, ranking=ranking, guesses=9)(BATCH)
     ranks = teacher.argsort(1).argsort(1).float()
     loss = {"rrhf": rrhf_loss, "pro": pro_loss}[ranking](student.log_softmax(-1), ranks).mean()
-    assert found.item() == pytest.approx((loss + F.cross_entropy(student, teacher.argmax(-1))).item(), abs=1e-5)
+    imitation = {"rrhf": 1.0, "pro": 0.05 * 3**2}[ranking]  # four classes
+    expected = loss + imitation * F.cross_entropy(student, teacher.argmax(-1))
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_what_imitation_weighs_beside_pro_grows_with_the_list():
+    """0.05 of two guesses, a sixteenth of what it is of five."""
+    student, teacher = random(5, classes=5), random(6, classes=5)
+    own, _ = signal(student)
+    two = RankedGuesses(own, signal(teacher)[0], signal(torch.tensor([[9.0, 9, -60, -60, -60]] * 5))[0], ranking="pro")
+    logp, ranks = student.log_softmax(-1)[:, :2], teacher[:, :2].argsort(1).argsort(1).float()
+    best = logp.gather(1, ranks.argmax(1, keepdim=True)).mean()
+    assert two(BATCH).item() == pytest.approx((pro_loss(logp, ranks).mean() - 0.05 * best).item(), abs=1e-5)
+    five = RankedGuesses(own, signal(teacher)[0], own, ranking="pro", guesses=5)
+    ranks = teacher.argsort(1).argsort(1).float()
+    expected = pro_loss(student.log_softmax(-1), ranks).mean() + 0.8 * F.cross_entropy(student, teacher.argmax(-1))
+    assert five(BATCH).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_every_algorithm_of_feedback_has_a_claim_of_its_own():
+    """And the arms that were there before are what they were."""
+    claims = {claim.method: claim for claim in Elicitation.make().claims()}
+    for how, guesses in {"dpo": 2, "reward": 2, "rrhf": 4, "pro": 4}.items():
+        claim = claims[how]
+        assert (claim.scope, claim.baseline) == ("consequence", "seeds")
+        fields = Elicitation.make(**claim.variants[how][1])
+        assert (fields.ask, fields.learn, fields.guesses) == ("feedback", how, guesses)
+    assert claims["feedback"].variants["feedback"][1] == {"ask": "feedback"}
+    assert len({claim.statement for claim in Elicitation.make().claims()}) == len(Elicitation.make().claims())
 
 
 def test_dpo_begins_at_ln_2_and_needs_a_reference():

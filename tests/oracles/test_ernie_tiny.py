@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -18,9 +22,12 @@ from transformers import (
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
 )
+from watching import watched
 
 from stillhouse.base.errors import ConfigError, ModelError
+from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Observed
+from stillhouse.core.schedule import Progress
 from stillhouse.losses.attention_scores import attention_scores
 from stillhouse.models.encoder_layers import EncoderLayers, layer_map
 from stillhouse.models.text_classifier import smaller_config
@@ -28,7 +35,7 @@ from stillhouse.models.word_replacement import WordReplacer
 from stillhouse.models.word_tokenizer import word_tokenizer
 from stillhouse.objectives.encoders import LatentMatch, SoftTargets
 from stillhouse.systems.language.ernie_tiny import ErnieTiny
-from stillhouse.tasks.phases import Phase, parse_phases
+from stillhouse.tasks.phases import PROJECTION, Phase, parse_phases
 
 SMALL = {"vocab_size": 40, "hidden_size": 12, "num_attention_heads": 3, "intermediate_size": 20}
 SMALL |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 16}
@@ -215,3 +222,110 @@ def test_words_are_replaced_by_those_that_fit():
     assert {tuple(text.split())[i] for text in changed for i in range(3)} == {"one", "two", "three", "four"}
     assert words.count("four") / len(words) == pytest.approx(0.4, abs=0.06)
     assert WordReplacer(model, tokenizer, candidates=1, rate=0.0)("one two", 2, draw) == ["one two"] * 2
+
+
+# -- what each phase is given ---------------------------------------------------------------------------------------
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+PLAN = (
+    "gd: pretrained general latent steps=2 lr=1e-2",
+    "ged: fine-tuned general latent steps=2 lr=2e-2",
+    "tad: fine-tuned task latent steps=1 lr=3e-2",
+    "tsd: fine-tuned task latent+soft+hard steps=1 lr=4e-2",
+)
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A BERT, 64 different lines of general text, 30 labelled ones."""
+    folder = tmp_path_factory.mktemp("ernie")
+    tokenizer = word_tokenizer(WORDS)
+    torch.manual_seed(0)
+    sizes = {**SMALL, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    lines = [" ".join(words) for words in itertools.product(WORDS, WORDS)]
+    (folder / "general.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    rows = [{"text": " ".join(words), "label": words[0]} for words in itertools.product(WORDS[:2], WORDS, WORDS[:2])]
+    (folder / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "teacher": str(folder / "teacher"),
+        "corpus": str(folder / "general.jsonl"),
+        "data": str(folder / "task.jsonl"),
+        "length": "8",
+    }
+
+
+def texts(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(row.tolist()) for row in batch["input_ids"]]
+
+
+def test_each_phase_gets_its_teacher_its_text_its_losses_and_what_the_one_before_left(materials, tmp_path):
+    read: dict[str, list[tuple[int, ...]]] = {}
+    given: list[tuple[str, str, str, set[str], float]] = []
+
+    def look(stage: Any, left: dict[str, Artifact]) -> None:
+        name = "tsd" if stage.name == "student" else stage.name
+        if name not in ("gd", "ged", "tad", "tsd"):
+            return
+        player = stage.players
+        student, teacher = player.trained[0].module, player.objective.observed()
+        (teacher,) = [one.module for one in teacher if one is not player.trained[0]]
+        tuned = load_file(left["teacher"].path / "model.safetensors")
+        plain = load_file(f"{materials['teacher']}/model.safetensors")
+        weights = {key: value for key, value in teacher.state_dict().items() if ".layer." in key}
+        who = [
+            kind
+            for kind, known in (("pretrained", plain), ("fine-tuned", tuned))
+            if all(torch.equal(value, known[key]) for key, value in weights.items())
+        ]
+        state = stage.source.state_dict()
+        read[name] = [row for _ in range(stage.steps * stage.accumulate) for row in texts(next(stage.source))]
+        stage.source.load_state_dict(state)
+        kind = "general" if all(len(row) == 4 for row in read[name]) else "task"  # two words and two marks, or five
+        terms = getattr(player.objective, "terms", [player.objective])
+        (rate,) = {group["lr"] for group in player.optimizer([{"params": list(student.parameters())}]).param_groups}
+        given.append((name, *who, kind, {term.name for term in terms}, rate))
+        (latent,) = [term for term in terms if term.name == "Latent"]
+        assert (stage.accumulate, player.lr(Progress(stage.steps, stage.steps))) == (2, 0.0)
+        order = ["gd", "ged", "tad", "tsd"]
+        if name == "gd":
+            return
+        before = left[order[order.index(name) - 1]]
+        for key, value in load_file(before.path / "model.safetensors").items():
+            assert torch.equal(student.state_dict()[key], value), key
+        assert torch.equal(latent.projection.weight, load_file(before.path / PROJECTION)["weight"])
+
+    system = ErnieTiny.make(
+        **materials, phases=PLAN, augment=1, candidates=3, batch_size=8, accumulate=2, steps=2, lr=1e-2,
+        student="layers=1,hidden_size=6,intermediate_size=12", keep="best", eval_examples=4, validation=0.2, warmup=0.0,
+    )  # fmt: skip
+    seen, left = watched(system, tmp_path / "run", look)
+    assert given == [
+        ("gd", "pretrained", "general", {"Latent"}, 0.01),
+        ("ged", "fine-tuned", "general", {"Latent"}, 0.02),
+        ("tad", "fine-tuned", "task", {"Latent"}, 0.03),
+        ("tsd", "fine-tuned", "task", {"Latent", "Soft", "Hard"}, 0.04),
+    ]
+    assert len({*read["gd"], *read["ged"]}) == 64  # four batches of eight each: no sentence comes twice
+    assert not (left["student"].path / PROJECTION).exists()  # dropped with the last phase
+    # A head that nothing has trained is no reason to keep a state: there the last one stays.
+    assert [seen[name].best for name in ("gd", "ged", "tad", "student")] == [None, None, None, "selection_loss"]
+    assert seen["teacher"].best == "selection_loss"
+
+
+def test_phases_go_through_the_task_s_text_too(materials, tmp_path):
+    read = {}
+
+    def look(stage: Any, left: dict[str, Artifact]) -> None:
+        if stage.name in ("one", "student"):
+            state = stage.source.state_dict()
+            read[stage.name] = sorted(texts(next(stage.source)))
+            stage.source.load_state_dict(state)
+
+    plan = ("one: fine-tuned task latent steps=1", "two: fine-tuned task soft steps=1")
+    system = ErnieTiny.make(
+        **materials, phases=plan, augment=0, batch_size=8, steps=2, student="layers=1,hidden_size=6", validation=0.2
+    )
+    watched(system, tmp_path / "run", look, until="student")
+    assert not set(read["one"]) & set(read["student"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,17 +17,22 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from stillhouse import Observed
-from stillhouse.base.errors import ConfigError
+from stillhouse.base.errors import ConfigError, DataError
 from stillhouse.core.schedule import Progress
 from stillhouse.losses.concentrated import ConcentratedKL, Rescale, compared
 from stillhouse.losses.divergences import ForwardKL, value_and_grad
 from stillhouse.losses.sparse_divergence import linear_topk_divergence
 from stillhouse.metrics.trust import candidates, fit_c, likeliest, trust
-from stillhouse.models import new_causal_lm
-from stillhouse.tasks import concentrated
-from stillhouse.tasks.choices import Choices, World, as_windows, choice_tokenizer
+from stillhouse.models import load_causal_lm, new_causal_lm
+from stillhouse.systems import get_system
+from stillhouse.tasks import concentrated, language
+from stillhouse.tasks.choices import Choices, World, as_windows, choice_tokenizer, dialect
 from stillhouse.tasks.concentrated import kept_teacher, trustworthy, tuned
 from stillhouse.teachers.scorer import Scored
+from stillhouse.workflow import run_system
+
+sys.path.append(str(Path(__file__).parents[1] / "systems"))
+import helpers
 
 P = torch.tensor([0.7, 0.1, 0.1, 0.05, 0.05], dtype=torch.float64)
 
@@ -226,6 +234,56 @@ def _later(random: torch.Generator, world: World) -> torch.Generator:
     again = torch.Generator().manual_seed(5)
     torch.multinomial(world.probabilities(world.questions(4000, again)), 1, generator=again)
     return again
+
+
+def test_the_dialect_is_half_understood(world):
+    """Who knows the world answers its dialect worse than at home, better than by chance, and is too sure there."""
+    rows = dialect(Choices())[:]["input_ids"]
+    assert torch.equal(rows, dialect(Choices())[:]["input_ids"])
+    words = rows[:, 1:-1] - world.recipe.answers - torch.arange(world.recipe.slots) * world.recipe.values
+    assert words.min() == 0 and words.max() == world.recipe.values - 1
+    said = world.probabilities(words)
+    right = (said.argmax(-1) == rows[:, -1]).float().mean().item()
+    assert 0.15 < right < 0.6 < said.max(-1).values.mean().item()
+    same, other = (world.turned(share, torch.Generator().manual_seed(1)) for share in (0.0, 1.0))
+    torch.testing.assert_close(same.probabilities(words), said)
+    elsewhere = (other.probabilities(words).argmax(-1) == said.argmax(-1)).float().mean().item()
+    assert elsewhere < 0.3
+
+
+def test_every_set_from_elsewhere_is_judged_whole(tmp_path, monkeypatch):
+    """Files by name; what the table says of each is what the model says of all of it."""
+    materials = helpers.make_materials(tmp_path)
+    (tmp_path / "far.txt").write_text(helpers.sentences(20, seed=5)[::-1], encoding="utf-8")
+    rows = [{"prompt": "the cat", "completion": f" sees {word}"} for word in ("stone", "river", "bird")]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    monkeypatch.setattr(language, "tokens_per_second", lambda *_: 1.0)
+    values = {**helpers.small_values(get_system("first"), materials), "steps": 2, "teacher_epochs": 0.0, "window": 48}
+    values |= {"elsewhere": f"far={tmp_path / 'far.txt'},asked={tmp_path / 'asked.jsonl'}"}
+    done = run_system("first", values, output=tmp_path / "run", quiet=True)
+    table = done.artifacts["evaluation"].table()
+    assert {"far_token_accuracy", "far_trust_ece", "asked_trust"} <= {column.key for column in table.columns}
+    student, tokenizer = load_causal_lm(str(done.artifacts["student"].path))
+    stub: Any = SimpleNamespace(
+        tokenizer=tokenizer,
+        windows=SimpleNamespace(window=48),
+        vocab_size=len(tokenizer),
+        batches_of=lambda split: [split[:]],
+    )
+    sets = concentrated.own_sets(stub, values["elsewhere"])
+    length = sum(len(tokenizer(one)["input_ids"]) + 1 for one in (tmp_path / "far.txt").read_text().split("\f"))
+    assert len(sets["far"]) == length // 48 and len(sets["asked"]) == 3
+    for name, split in sets.items():
+        said = likeliest(student, [split[:]], k=1, vocab_size=len(tokenizer))
+        found = trust(said.log_p[:, 0].exp(), said.correct)
+        row = table.row("student")
+        assert row[f"{name}_token_accuracy"] == pytest.approx(found.accuracy)
+        assert row[f"{name}_trust_ece"] == pytest.approx(found.ece, abs=1e-5)
+        assert row[f"{name}_trust"] == pytest.approx(found.accuracy - found.ece, abs=1e-5)
+    assert concentrated.own_sets(stub, None) == {}
+    assert list(concentrated.own_sets(stub, str(tmp_path / "far.txt"))) == ["far"]
+    with pytest.raises(DataError, match="write NAME=SOURCE"):
+        concentrated.own_sets(stub, "a=x,a=y")
 
 
 def model(seed: int = 0) -> Any:

@@ -13,13 +13,15 @@ from torch.nn import functional as F
 from transformers import GPT2Config, LlamaConfig
 
 from stillhouse import Observed, Player, Run, Train, adamw
-from stillhouse.base.errors import DataError
+from stillhouse.base.errors import ConfigError, DataError
+from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Turn
 from stillhouse.core.schedule import Progress
 from stillhouse.data.in_context import (
     UNSCORED,
     Example,
     Item,
+    all_maps,
     collate,
     episode,
     key_map,
@@ -36,10 +38,12 @@ from stillhouse.models.demonstration_distiller import (
     DemonstrationDistiller,
     WithDemonstrations,
     WithVectors,
+    pieces,
     positions,
 )
 from stillhouse.objectives.in_context import as_with_demonstrations
-from stillhouse.tasks.in_context import _split, mean_logprobs
+from stillhouse.systems.language.mend import MEND
+from stillhouse.tasks.in_context import KeyMaps, _key_tokenizer, _split, mean_logprobs
 
 WORDS, WIDTH = 13, 16
 
@@ -112,14 +116,14 @@ def test_a_batch():
                 assert text[t + 1] == target and t + 1 >= len(item.question)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_padding_changes_nothing(kind):
+@pytest.mark.parametrize(("kind", "chunks"), [("gpt2", 1), ("llama", 1), ("llama", 4)])
+def test_padding_changes_nothing(kind, chunks):
     """Each row alone, without padding, has the logits it has in the batch, for both readers."""
     lm, made = reader(kind), batch()
     vectors = torch.randn(3, 2, WIDTH, generator=torch.Generator().manual_seed(0))
     together = WithDemonstrations(lm)(*(made[n] for n in ("demo_ids", "demo_mask", "input_ids", "attention_mask")))
     with_vectors = WithVectors(lm)(vectors, made["input_ids"], made["attention_mask"])
-    read = distiller()
+    read = distiller(chunks=chunks)
     made_vectors = read(made["demo_ids"], made["demo_mask"])
     for row, item in enumerate(ITEMS):
         alone = batch([item])
@@ -242,6 +246,27 @@ def test_chunks_are_read_apart_and_stand_side_by_side():
     assert whole.shape == (1, 4, WIDTH)
 
 
+@pytest.mark.parametrize("length", [0, 3, 5, 9])
+def test_there_are_always_as_many_chunks(length):
+    ids = torch.arange(1, length + 1)[None]
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.int64), ids], 1)
+    found = pieces(padded, (padded > 0).long(), 4)
+    assert [row for one, mask in found for row in one[mask.bool()].tolist()] == ids[0].tolist()
+    assert len(found) == 4
+    assert max(m.sum() for _, m in found) - min(m.sum() for _, m in found) <= 1
+
+
+def test_vectors_begin_as_large_as_embeddings(tmp_path):
+    lm, read, made = reader(), distiller().eval(), batch()
+    table = lm.get_input_embeddings()
+    read.fit_scale(made["demo_ids"], made["demo_mask"], table(made["demo_ids"]))
+    vectors = read(made["demo_ids"], made["demo_mask"])
+    embedded = table(made["demo_ids"])[made["demo_mask"].bool()]
+    assert vectors.pow(2).mean().item() == pytest.approx(embedded.pow(2).mean().item(), rel=1e-4)
+    read.save(tmp_path, _key_tokenizer(KeyMaps()))
+    assert DemonstrationDistiller.load(tmp_path).scale == read.scale != 1.0
+
+
 def test_without_demonstrations_the_vectors_are_a_plain_soft_prompt():
     read = distiller()
     none = read(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.int64))
@@ -249,8 +274,6 @@ def test_without_demonstrations_the_vectors_are_a_plain_soft_prompt():
 
 
 def test_saved_and_loaded(tmp_path):
-    from stillhouse.tasks.in_context import KeyMaps, _key_tokenizer
-
     read, made = distiller(chunks=2).eval(), batch()
     read.save(tmp_path, _key_tokenizer(KeyMaps()))
     again = DemonstrationDistiller.load(tmp_path)
@@ -261,15 +284,43 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_embedded_tasks_are_maps():
-    records = key_map(6, 6, copies=3, seed=5)
-    assert len(records) == 18 and {record["task"] for record in records} == {"map 5"}
-    assert len({(record["input"], record["output"]) for record in records}) == 6
-    assert records != key_map(6, 6, copies=3, seed=6) and records == key_map(6, 6, copies=3, seed=5)
-    streams = pair_streams(50, 15, keys=6, labels=6, generator=torch.Generator().manual_seed(0))
-    assert streams.shape == (50, 30) and (streams[:, ::2] < 6).all() and (streams[:, 1::2] >= 6).all()
+    records = key_map([4, 0, 4], 6, copies=3)
+    assert len(records) == 9 and {record["task"] for record in records} == {"map 4 0 4"}
+    assert {(record["input"], record["output"]) for record in records} == {("k0", "v4"), ("k1", "v0"), ("k2", "v4")}
+    assert set(records[0]["candidates"]) == {f"v{number}" for number in range(6)}
+    maps = torch.tensor([[4, 0, 4], [1, 1, 5]])
+    streams = pair_streams(maps, 50, 15, generator=torch.Generator().manual_seed(0))
+    assert streams.shape == (50, 30) and (streams[:, ::2] < 3).all() and (streams[:, 1::2] >= 3).all()
+    seen = set()
     for row in streams.tolist():
-        pairs = set(zip(row[::2], row[1::2], strict=True))
-        assert len(pairs) == len({key for key, _ in pairs})  # a key has one label
+        pairs = {(key, label - 3) for key, label in zip(row[::2], row[1::2], strict=True)}
+        (of,) = (n for n, chosen in enumerate(maps.tolist()) if pairs <= set(enumerate(chosen)))
+        seen.add(of)
+    assert seen == {0, 1}
+
+
+def test_no_map_that_is_asked_for_is_learnt_from(tmp_path):
+    """Neither by the distiller nor, in the first stage, from streams, nor by the model that reads."""
+    maps = all_maps(3, 4, seed=1)
+    assert len(maps) == 64 == len({tuple(row) for row in maps.tolist()}) and int(maps.max()) == 3
+    assert not torch.equal(maps, all_maps(3, 4, seed=2)) and torch.equal(maps, all_maps(3, 4, seed=1))
+    learnt, held = ({tuple(row) for row in part.tolist()} for part in KeyMaps().maps())
+    assert len(learnt) == 480 and len(held) == 32 and not learnt & held
+    system = MEND.make(pretrain_steps=1, steps=1)
+    stages = system.stages(Run(tmp_path, quiet=True))
+    reader_stage = next(stages)
+    streams = next(reader_stage.source)["input_ids"]
+    reader_stage.players().trained[0].module.save_pretrained(tmp_path)
+    _key_tokenizer(KeyMaps()).save_pretrained(tmp_path)
+    pretraining = stages.send(Artifact(kind="model", path=tmp_path))
+    task = pretraining.save.__self__
+    for keys_and_labels in (streams, task.streams):
+        keys, labels = keys_and_labels[:, ::2], keys_and_labels[:, 1::2] - 3
+        for row_keys, row_labels in zip(keys.tolist(), labels.tolist(), strict=True):
+            found = dict(zip(row_keys, row_labels, strict=True))
+            assert len(found) < 3 or tuple(found[key] for key in range(3)) in learnt
+    for tasks, of in ((task.train, learnt), (task.test, held)):
+        assert {tuple(int(label) for label in one.name.split()[1:]) for one in tasks} == of
 
 
 def test_what_is_asked_is_not_among_the_demonstrations():
@@ -360,3 +411,21 @@ def test_on_one_s_own_model_and_tasks(tmp_path):
     assert DemonstrationDistiller.load(done.artifacts["student"].path).width == 16
     with pytest.raises(DataError, match=r"5 examples; 9 demonstrations"):
         run_system("mend", {**fields, "demos": 9}, output=tmp_path / "more", quiet=True)
+    tight = {**fields, "demo_tokens": 113}  # 1.25 times as many are more than the 128 positions
+    assert run_system("mend", tight, output=tmp_path / "tight", quiet=True)
+    with pytest.raises(ConfigError, match=r"demo_tokens=127 and vectors=4 .* 128 positions"):
+        run_system("mend", {**fields, "demo_tokens": 127}, output=tmp_path / "long", quiet=True)
+    with pytest.raises(ConfigError, match=r"15 vectors and 115 tokens of text \(ratio=0.1\)"):
+        run_system("mend", {**tight, "vectors": 15, "ratio": 0.1}, output=tmp_path / "rest", quiet=True)
+    short = new_causal_lm(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=32), seed=0)
+    short.save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    with pytest.raises(ConfigError, match=r"40 tokens .* 32 positions of the student"):
+        run_system("mend", {**fields, "student": str(tmp_path / "short")}, output=tmp_path / "own", quiet=True)
+    copied = run_system("mend", {**fields, "student": "teacher"}, output=tmp_path / "copied", quiet=True)
+    assert DemonstrationDistiller.load(copied.artifacts["student"].path).lm.config.n_layer == 2
+
+
+def test_a_question_without_tokens_is_refused():
+    with pytest.raises(DataError, match="task 't': an input is empty"):
+        tasks_of([{"task": "t", "input": "", "output": "b"}], lambda text: list(map(ord, text)), separator="", end="")

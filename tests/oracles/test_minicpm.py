@@ -8,22 +8,26 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import GraniteConfig, LlamaConfig
+from transformers import GPT2Config, GPTNeoXConfig, GraniteConfig, LlamaConfig
 
 from stillhouse.base.errors import ConfigError, DataError, ModelError
 from stillhouse.core.observed import Observed
 from stillhouse.core.schedule import Progress
 from stillhouse.data.docstrings import docstrings, load_preferences
+from stillhouse.data.length_curriculum import TokenShares, documents_of, padded, rows_between
 from stillhouse.data.mixing import Mixed, all_tokens, stacked
 from stillhouse.data.sources import Batches
 from stillhouse.losses.routing import load_balance
+from stillhouse.metrics.curvature import movement, slope
 from stillhouse.metrics.scaling_law import ScalingLaw, batch_size_law, fit_scaling_law
 from stillhouse.models.causal_lm import new_causal_lm
 from stillhouse.models.mup import hidden_matrices, mup_adamw, mup_config, new_mup_lm, router_paths, upcycled
+from stillhouse.models.rope import ntk_base, rope_base, with_rope_base
 from stillhouse.objectives.language import head_of
 from stillhouse.objectives.lr_schedules import decay_form, plan
 from stillhouse.objectives.routing import LoadBalance
-from stillhouse.tasks.pretraining import best_rate
+from stillhouse.tasks.context_extension import held_out_rows, phase_base
+from stillhouse.tasks.pretraining import best_rate, law_cost
 
 
 def llama(width=32, layers=2, **sizes):
@@ -270,3 +274,133 @@ def test_a_mix_that_is_no_whole_row_is_refused():
     work.task = type("Task", (), {"system": System()})()
     with pytest.raises(ConfigError, match=r"mix=0.05: a batch of 4 would hold 0"):
         work.mixed(0.05, 0)
+
+
+def test_a_law_costs_one_stable_run_and_the_decays():
+    """Card 116: the largest amount of data once, and 10 % for each, instead of the sum of all."""
+    targets = [250, 500, 750, 1000]
+    assert law_cost(targets, 0.1) == 900 + 25 + 50 + 75 + 100 < sum(targets) / 2
+    assert law_cost([1000], 0.1) == 1000
+
+
+# -- longer contexts ------------------------------------------------------------------------------------------------
+
+
+def test_ntk_stretches_the_lowest_frequency_by_the_factor_and_keeps_the_highest():
+    base, factor, dims = 10_000.0, 4.0, 64
+    larger = ntk_base(base, factor, dims)
+    assert larger == pytest.approx(10_000 * 4 ** (64 / 62))
+
+    def frequency(of, pair):
+        return of ** (-2 * pair / dims)
+
+    assert frequency(larger, 0) == frequency(base, 0) == 1
+    assert frequency(larger, dims // 2 - 1) == pytest.approx(frequency(base, dims // 2 - 1) / factor)
+    middle = frequency(base, 16) / frequency(larger, 16)
+    assert 1 < middle < factor
+    assert ntk_base(base, 1, dims) == base
+
+
+def test_the_base_is_adjusted_first_and_scaled_by_ntk_afterwards():
+    config = llama(64)  # heads of 16
+    assert phase_base(config, 1, factor=8, adjusted=50) == 500_000
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 500_000.0}
+    assert phase_base(config, 2, factor=4, adjusted=50) == pytest.approx(500_000 * 4 ** (16 / 14))
+    partly = GPTNeoXConfig(hidden_size=64, num_attention_heads=4)  # a quarter of 16 dimensions turns
+    assert rope_base(partly) == (10_000.0, 4)
+
+
+def test_another_base_is_in_the_frequencies_and_factor_one_changes_nothing():
+    model = new_mup_lm(granite(32), seed=0).eval()
+    ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        base, dims = rope_base(model.config)
+        same = with_rope_base(model, ntk_base(base, 1, dims), positions=128)
+        assert torch.equal(same(input_ids=ids).logits, plain)
+        other = with_rope_base(model, 50 * base, positions=128)
+        assert not torch.allclose(other(input_ids=ids).logits, plain)
+    expected = (50 * base) ** (-torch.arange(0, dims, 2) / dims)
+    torch.testing.assert_close(other.model.rotary_emb.inv_freq, expected)
+    assert other.config.max_position_embeddings == 128 and model.config.max_position_embeddings == 64
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_positions_that_are_not_rotary_are_refused():
+    with pytest.raises(ModelError, match="gpt2: no plain rotary positions"):
+        rope_base(GPT2Config())
+    scaled = llama(64, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0})
+    with pytest.raises(ModelError, match="no plain rotary"):
+        rope_base(scaled)
+
+
+def test_documents_are_found_again_and_those_of_a_phase_are_of_its_lengths():
+    lengths = [3, 40, 5, 21, 11, 9, 50, 5]
+    stream = torch.cat([torch.cat([torch.full((n - 1,), n), torch.tensor([1])]) for n in lengths])
+    documents = documents_of(stream.view(-1, 12), end=1)
+    assert [len(one) for one in documents] == lengths and torch.equal(torch.cat(documents), stream)
+    first, second = rows_between(documents, 4, 16), rows_between(documents, 16, 64)
+    assert all(4 < len(row) <= 16 for row in first) and all(16 < len(row) <= 64 for row in second)
+    assert sorted(len(row) for row in second) == [21, 40, 50]
+    assert [len(row) for row in first] == [16, 16, 8, 5, 16, 5, 11, 9, 16, 16, 16, 5]  # longer ones are cut
+    with pytest.raises(DataError, match=r"more than 50 tokens \(the longest: 50\)"):
+        rows_between(documents, 50, 100)
+
+
+def test_long_documents_get_their_share_of_tokens_whatever_their_lengths():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.full((int(n),), 7) for n in torch.randint(33, 129, (40,), generator=generator)]
+
+    def made():
+        return TokenShares(Batches(rows, 2, collate=padded), Batches(Rows(60, 32), 8, gather=True), 0.44)
+
+    source, long, total, largest = made(), 0, 0, 0
+    for _ in range(150):
+        batch = next(source)
+        is_long = "attention_mask" in batch
+        count = int(batch["attention_mask"].sum()) if is_long else batch["input_ids"].numel()
+        long, total, largest = long + count * is_long, total + count, max(largest, count)
+        assert abs(long - 0.44 * total) <= largest
+    assert long / total == pytest.approx(0.44, abs=0.01)
+    state = source.state_dict()
+    expected = [next(source)["input_ids"] for _ in range(20)]
+    again = made()
+    again.load_state_dict(state)
+    assert all(torch.equal(next(again)["input_ids"], ids) for ids in expected)
+
+
+def test_padding_of_long_rows_is_neither_read_nor_predicted():
+    batch = padded([torch.tensor([5, 6, 7]), torch.tensor([8])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == batch["loss_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_held_out_windows_are_read_on_in_longer_rows():
+    class Split(Rows):
+        def __init__(self):
+            self.columns = {"input_ids": torch.arange(35).view(7, 5)}
+
+    assert held_out_rows(Split(), 10).tolist() == torch.arange(30).view(3, 10).tolist()
+    assert len(held_out_rows(Split(), 36)) == 0
+
+
+# -- dynamics of the decay ------------------------------------------------------------------------------------------
+
+
+def test_the_curvature_of_a_quadratic_is_its_hessian_along_the_gradient():
+    model = torch.nn.Linear(3, 1, bias=False)
+    hessian = torch.tensor([[4.0, 1.0, 0.0], [1.0, 3.0, 0.5], [0.0, 0.5, -2.0]])
+    before = model.weight.detach().clone()
+    found = slope(model, lambda: 0.5 * (model.weight @ hessian @ model.weight.T).squeeze())
+    gradient = (before @ hessian).flatten()
+    assert found.norm == pytest.approx(float(gradient.norm()), rel=1e-5)
+    expected = float(gradient @ hessian @ gradient / gradient.square().sum())
+    assert found.curvature == pytest.approx(expected, rel=1e-3)
+    assert torch.equal(model.weight, before)
+    assert slope(model, lambda: 0.0 * model.weight.sum()) == (0.0, 0.0)
+
+
+def test_movement_is_the_root_mean_square_of_all_weights():
+    one = {"a": torch.zeros(3), "b": torch.zeros(1, 1), "steps": torch.tensor(1)}
+    other = {"a": torch.tensor([3.0, 0.0, 0.0]), "b": torch.tensor([[4.0]]), "steps": torch.tensor(9)}
+    assert movement(one, other) == 2.5

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from stillhouse import Observed
+from stillhouse.base.errors import ConfigError
 from stillhouse.core.observed import Turn
 from stillhouse.core.schedule import Progress
-from stillhouse.data.responses import Coder, pack_rows
+from stillhouse.data.responses import Coder, pack_rows, response_tokens
 from stillhouse.data.sources import Batches
 from stillhouse.losses.divergences import (
     ForwardKL,
@@ -25,7 +26,7 @@ from stillhouse.losses.policy_gradient import later_in_row
 from stillhouse.models import new_causal_lm, train_bpe
 from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.objectives.sequence_divergence import SequenceReverseKL
-from stillhouse.rl.policies import AdaptiveReplay, PolicySource, Share, prompts_of
+from stillhouse.rl.policies import AdaptiveReplay, PolicySource, ReusedText, Share, prompts_of, rows_of
 from stillhouse.rl.sampling import LiveSampler, Response
 from stillhouse.systems import get_system
 
@@ -111,6 +112,52 @@ def test_what_comes_after_in_the_same_row():
     values, row = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.tensor([0, 0, 0, 2, 2])
     later, count = later_in_row(values, row)
     assert later.tolist() == [6.0, 4.0, 0.0, 16.0, 0.0] and count.tolist() == [2, 1, 0, 1, 0]
+
+
+def noted(student: Any, teacher: Any, batch: dict[str, Any], *, ratio: torch.Tensor | None = None) -> dict[str, Any]:
+    """The batch as one that was written when the student found its tokens ``1 / ratio`` times as likely."""
+    at = batch["loss_mask"][:, 1:].bool()
+    with torch.no_grad():
+        both = [model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1) for model in (student, teacher)]
+    logp, log_p = (one.gather(2, batch["input_ids"][:, 1:, None]) for one in both)
+    old = logp[..., 0][at] - (0.0 if ratio is None else ratio.log())
+    return {**batch, "old_logp": old, "gain": log_p[..., 0][at] - old}
+
+
+def gradients(term: SequenceReverseKL, batch: dict[str, Any], student: Any, *, part: str = "Long") -> torch.Tensor:
+    values = {one.name: one.value for one in term.evaluate(Turn(term.signals()), batch, Progress(0, 10))}
+    found = torch.autograd.grad(values[part], list(student.parameters()), allow_unused=True)
+    return torch.cat([torch.zeros(0) if g is None else g.flatten() for g in found])
+
+
+def test_text_that_was_just_written_needs_no_notes():
+    student, teacher = tiny(3, 2), tiny(3, 3)
+    heads = head_of(Observed(student)), head_of(Observed(teacher, frozen=True))
+    term, batch = SequenceReverseKL(*heads), pack_rows([([1], [2, 0, 2]), ([1], [1, 1, 2, 0])], 0)
+    for part in ("Long", "SingleStep"):
+        plain = gradients(term, batch, student, part=part)
+        torch.testing.assert_close(gradients(term, noted(student, teacher, batch), student, part=part), plain)
+    assert plain.norm() > 0
+
+
+def test_the_clip_stops_what_has_gone_far_enough():
+    """A token twice as likely as it was moves nothing where the reward wants it likelier yet, and does where not; the
+    other way round where it is half as likely. Without a clip it always moves, by rho."""
+    student, teacher = tiny(3, 2), tiny(3, 3)
+    heads = head_of(Observed(student)), head_of(Observed(teacher, frozen=True))
+    clipped, free = SequenceReverseKL(*heads, clip=0.2), SequenceReverseKL(*heads, clip=None)
+    batch = pack_rows([([1], [2, 0])], 0)  # the second token has nothing after it: its R is 0
+    for gain in (0.7, -0.7):
+        for ratio in (2.0, 0.5):
+            old = noted(student, teacher, batch, ratio=torch.full((2,), ratio))
+            old["gain"] = torch.tensor([0.3, gain])  # R of the first token
+            there = gradients(free, old, student)
+            assert there.norm() > 0
+            still = (gain > 0) == (ratio > 1)
+            expected = torch.zeros_like(there) if still else there
+            torch.testing.assert_close(gradients(clipped, old, student), expected)
+            once = {**old, "old_logp": old["old_logp"] + torch.tensor(ratio).log()}
+            torch.testing.assert_close(there, ratio * gradients(free, once, student))
 
 
 # -- whose text -----------------------------------------------------------------------------------------------------
@@ -224,6 +271,54 @@ def test_a_resumed_source_goes_on_with_the_same_batches():
         assert torch.equal(one["text"]["input_ids"], two["text"]["input_ids"])
 
 
+def in_rounds(writer: Any, *, batches: int = 3, times: int = 2, beside: Any = None) -> ReusedText:
+    """A round's note of a token: its row's first token and its own."""
+
+    def note(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        _, label, row = response_tokens(batch)
+        return {"seen": batch["input_ids"][row, 0] * 100 + label}
+
+    inner = source(Share(1.0), writer)
+    return ReusedText(inner, note, batches=batches, times=times, beside=beside, seed=3)
+
+
+def test_a_round_is_used_so_many_times_and_no_token_loses_its_note():
+    writer = Echo()
+    text = in_rounds(writer)
+    for start in (3, 6):
+        passes = []
+        for _ in range(2):
+            batches = [next(text) for _ in range(3)]
+            assert len(writer.seen) == start  # written at once, before any of it is used
+            for batch in batches:
+                _, label, row = response_tokens(batch)
+                assert torch.equal(batch["seen"], batch["input_ids"][row, 0] * 100 + label)
+                assert batch["own"].tolist() == [1, 1] and batch["given"].tolist() == [0, 0]
+            passes.append([batch["input_ids"].tolist() for batch in batches])
+        one, two = (sorted(row for batch in found for row in batch) for found in passes)
+        assert one == two and len({tuple(row) for row in one}) == 6 and passes[0] != passes[1]
+
+
+def test_a_resumed_round_goes_on_with_the_same_rows_and_notes():
+    def make() -> ReusedText:
+        return in_rounds(Echo(), beside=Batches(Windows(), 2, gather=True, seed=9))
+
+    whole, first = make(), make()
+    for _ in range(4):
+        next(whole), next(first)
+    later = make()
+    later.load_state_dict(first.state_dict())
+    for _ in range(10):
+        one, two = next(whole), next(later)
+        assert torch.equal(one["input_ids"], two["input_ids"]) and torch.equal(one["seen"], two["seen"])
+        assert torch.equal(one["text"]["input_ids"], two["text"]["input_ids"])
+
+
+def test_rows_come_back_out_of_a_batch():
+    rows = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9]), ([2, 2], [])]
+    assert rows_of(pack_rows(rows, 0)) == rows
+
+
 # -- who draws the tokens -------------------------------------------------------------------------------------------
 
 
@@ -250,6 +345,24 @@ def test_tokens_are_drawn_from_the_mixture(coder):
     expected = 0.7 * q + 0.3 * p
     assert (found - expected).abs().max() < 4 * (expected.max() / 4000).sqrt()
     assert (found - q).abs().max() > 4 * (q.max() / 4000).sqrt()
+
+
+def test_what_the_teacher_does_not_accept_it_draws_anew(coder):
+    """The law of speculative KD, against drawing, rejecting and drawing again; with all accepted, the student's own."""
+    student, teacher = tiny(257, 0, end=coder.end).eval(), tiny(257, 1, end=coder.end).eval()
+    prompt = coder.prompt("ab")
+    with torch.no_grad():
+        q, p = (model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1) for model in (student, teacher))
+    written = LiveSampler(student, coder, 1, teacher=teacher, accept=150).write([prompt] * 8000, seed=0)
+    found = torch.bincount(torch.tensor([one.ids[0] for one in written]), minlength=257) / 8000
+    generator, likeliest = torch.Generator().manual_seed(1), set(p.topk(150).indices.tolist())
+    draws, again = (torch.multinomial(one, 80000, replacement=True, generator=generator) for one in (q, p))
+    kept = torch.tensor([token in likeliest for token in draws.tolist()])
+    expected = torch.bincount(draws.where(kept, again), minlength=257) / 80000
+    assert (found - expected).abs().sum() < 0.2
+    assert min((found - other).abs().sum() for other in (p, q)) > 0.4
+    whole = LiveSampler(student, coder, 8, teacher=teacher, accept=257).write([prompt, coder.prompt("e")], seed=5)
+    assert whole == LiveSampler(student, coder, 8).write([prompt, coder.prompt("e")], seed=5)
 
 
 def test_beam_search_finds_likelier_text_than_the_greedy_one(coder):
@@ -331,3 +444,11 @@ def test_members_are_configurations_of_one_family():
     labels = student(input_ids=batch["input_ids"]).logits[:, :-1][batch["loss_mask"][:, 1:].bool()]
     expected = torch.nn.functional.cross_entropy(labels, batch["input_ids"][:, 1:][batch["loss_mask"][:, 1:].bool()])
     assert value("seqkd", batch) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_minillm_cannot_learn_from_a_teacher_that_is_kept():
+    """Its text is new in every round; learning from given text it may."""
+    for kept in ({"teacher": "x", "teacher_topk": 8}, {"teacher": "http://127.0.0.1:9/v1#m"}):
+        system = get_system("minillm").make(data="y", **kept)
+        with pytest.raises(ConfigError, match="the student's text is new in every round"):
+            next(system.stages(SimpleNamespace()))

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import ResNetConfig
+from watching import watched
 
 from stillhouse import Observed
 from stillhouse.base.errors import ConfigError, DataError
@@ -31,6 +33,7 @@ from stillhouse.data.pruning_scores import (
     random_score,
     two_views,
 )
+from stillhouse.data.rows import TensorRows
 from stillhouse.losses.contrastive import nt_xent
 from stillhouse.metrics.sample_scores import features_of, gradient_norms, last_linear
 from stillhouse.models.image_classifier import new_image_classifier, with_classes
@@ -248,7 +251,11 @@ class OneStage:
     def steps(self) -> int:
         return 1
 
-    def train(self, name: str, objective: Any, **_: Any) -> Any:
+    def steps_of(self, epochs: float, images: Any) -> int:
+        return round(epochs * len(images))
+
+    def train(self, name: str, objective: Any, *, images: Any, steps: int) -> Any:
+        self.given = images, steps
         self.student = _Logits(self.z)
         return objective(Observed(self.student))
 
@@ -260,8 +267,12 @@ class _Logits(Table):
 
 def loss_of(alpha: float, y: Tensor) -> Tensor:
     z, t = drawn(1, 6, 4), drawn(2, 6, 4)
-    system: Any = get_system("pruned-data-kd").make(cost="steps", temperature=3.0)
-    objective = system.train(OneStage(z, t), None, "student", alpha)
+    images = ["the only", "images"]
+    for cost, steps in (("epochs", 4), ("steps", 1)):
+        system: Any = get_system("pruned-data-kd").make(cost=cost, epochs=2.0, temperature=3.0)
+        task = OneStage(z, t)
+        objective = system.train(task, images, "student", alpha)
+        assert task.given == (images, steps)
     return objective({"inputs": torch.arange(6), "labels": y}, Progress(0, 1)).detach()
 
 
@@ -276,6 +287,53 @@ def test_the_loss_and_its_ends():
     assert float(loss_of(1.0, y)) == pytest.approx(float(kl), rel=1e-5)
     assert float(loss_of(1.0, permuted)) == float(loss_of(1.0, y))  # labels take no part
     assert float(loss_of(0.9, permuted)) != pytest.approx(float(loss_of(0.9, y)))
+
+
+# -- what each stage is given ---------------------------------------------------------------------------------------
+
+
+def test_students_see_their_share_of_the_images_and_a_teacher_of_all_of_them(tmp_path):
+    """The images chosen by the scores, passes over those, one beginning for all, the weight of the share."""
+    starts: dict[str, dict[str, Tensor]] = {}
+    weights: dict[str, list[float]] = {}
+    teachers: dict[str, list[dict[str, Tensor]]] = {}
+
+    def look(stage: Any, left: dict[str, Any]) -> None:
+        if not hasattr(stage, "players"):
+            return
+        (player,) = stage.players
+        student = player.trained[0]
+        starts[stage.name] = copy.deepcopy(student.module.state_dict())
+        parts = getattr(player.objective, "terms", [player.objective])
+        weights[stage.name] = [float(getattr(part, "weight", 1.0)) for part in parts]
+        others = [one.module for one in player.objective.observed() if one is not student]
+        teachers[stage.name] = [copy.deepcopy(one.state_dict()) for one in others]
+
+    system: Any = get_system("pruned-data-kd").make(
+        student="hidden_sizes=4-8,embedding_size=4", train_size=128, batch_size=16, epochs=2.0, cost="epochs",
+        selector="forgetting", fraction=0.25, sweep=[0.5],
+    )  # fmt: skip
+    seen, left = watched(system, tmp_path / "run", look, until="evaluation")
+    everything = seen["teacher"].source.data
+    assert len(everything) == 128 and seen["teacher"].steps == 16 and seen["probe"].source.data is everything
+    scores = TensorRows.read(left["scores"].data_file()).columns["score"]
+    assert scores.unique().numel() > 1
+    for mark, fraction in {"": 0.25, "-0.5": 0.5}.items():
+        chosen = kept_positions(scores, everything.labels, fraction, balanced=True)
+        expected = everything[chosen]
+        for name in (f"student{mark}", f"baseline{mark}"):
+            images = seen[name].source.data
+            assert len(images) == round(128 * fraction) and seen[name].steps == round(16 * fraction)
+            found = images[torch.arange(len(images))]
+            assert all(torch.equal(found[key], expected[key]) for key in ("pixel_values", "labels"))
+            assert all(torch.equal(value, starts["student"][key]) for key, value in starts[name].items())
+        alpha = alpha_of_fraction(fraction)
+        assert weights[f"student{mark}"] == pytest.approx([1 - alpha, alpha]) and weights[f"baseline{mark}"] == [1.0]
+        (teacher,) = teachers[f"student{mark}"]
+        saved = load_file(left["teacher"].path / "model.safetensors")
+        assert all(torch.equal(teacher[key], value) for key, value in saved.items())
+        assert not teachers[f"baseline{mark}"]
+    assert any(not torch.equal(value, starts["student"][key]) for key, value in starts["teacher"].items())
 
 
 # -- the theory -----------------------------------------------------------------------------------------------------

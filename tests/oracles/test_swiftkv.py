@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -416,10 +416,9 @@ def test_what_is_refused(tmp_path):
         convert_swiftkv(before, first=6)
     with pytest.raises(ModelError, match="already"):
         convert_swiftkv(convert_swiftkv(before, first=2), first=2)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
-    phi = Phi3ForCausalLM(Phi3Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
-    with pytest.raises(ModelError, match="q_proj"):
-        convert_swiftkv(phi, first=1)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
+    with pytest.raises(ModelError, match="GPT2Attention has none of the projections"):
+        convert_swiftkv(gpt2, first=1)
     mixed = teacher("qwen2", layer_types=["full_attention"] * 4 + ["sliding_attention"], sliding_window=4)
     with pytest.raises(ModelError, match="different kinds"):
         convert_swiftkv(mixed, first=2)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.stats import norm
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -30,9 +32,9 @@ from stillhouse.audits.exposure import (
     read_canaries,
     skew_normal_exposure,
 )
-from stillhouse.base.errors import ConfigError, DataError
+from stillhouse.base.errors import ConfigError, DataError, ModelError
 from stillhouse.core.schedule import Progress
-from stillhouse.data.private_tokens import Beside, frequency_scores, rule_scores
+from stillhouse.data.private_tokens import Beside, frequency_scores, rule_scores, span_scores
 from stillhouse.data.windows import WindowSplit
 from stillhouse.losses import ForwardKL, linear_divergence
 from stillhouse.losses.linear_divergence import OutputLayer
@@ -44,10 +46,13 @@ from stillhouse.losses.tempered import (
     swing_temperature,
     unit_noise,
 )
+from stillhouse.metrics.privacy_budget import spent_epsilon
 from stillhouse.models import new_causal_lm, train_bpe
+from stillhouse.models.token_classifier import entity_finder, whole_words
 from stillhouse.objectives.language import TokenCrossEntropy, head_of
 from stillhouse.objectives.private import PRIVACY, PrivateCrossEntropy, SwingTokens, draw_keys
 from stillhouse.systems import get_system
+from stillhouse.tasks import privacy
 from stillhouse.tasks.privacy import Detector
 from stillhouse.tasks.secrets import DIGITS, WORDS, Secrets, make_text, second_order, secret_tokenizer
 
@@ -343,6 +348,108 @@ def test_rules_on_the_embedded_language_find_the_digits_and_what_is_around():
     assert torch.equal(around, expected.float())
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Any:
+    """A tiny random BERT that labels pieces without a look at their neighbours, and its own opinion of a word."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("ner")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces_of = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = {piece: number for number, piece in enumerate([*pieces_of, "cat", "dog", "##ird", "ali", "##ce"])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    labels = {0: "O", 1: "B-PER", 2: "I-PER"}
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=16,
+        id2label=labels,
+        label2id={v: k for k, v in labels.items()},
+        **sizes,
+    )
+    net = BertForTokenClassification(config).eval()
+    with torch.no_grad():
+        net.bert.embeddings.position_embeddings.weight.zero_()
+        net.bert.encoder.layer[0].attention.output.dense.weight.zero_()
+        net.classifier.weight.mul_(40)
+        net.classifier.bias[0] = 1.5
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    def is_entity(word: str) -> bool:
+        with torch.no_grad():
+            return bool((net(**tokenizer(word, return_tensors="pt")).logits[0, 1:-1].argmax(-1) > 0).any())
+
+    return SimpleNamespace(folder=str(folder), is_entity=is_entity, net=net, tokenizer=tokenizer)
+
+
+NAMES = "cat dog bird alice bob zoe kim river stone milk quay pond elm x v".split()  # noqa: SIM905
+
+
+def test_names_that_a_classifier_finds_are_private(classifier):
+    """What the classifier says of each word alone, in another tokenizer's tokens and in a text too long for it."""
+    text = " ".join(NAMES * 4) + "."
+    tokenizer = train_bpe([text] * 4, vocab_size=300)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    found = span_scores(ids, tokenizer, [entity_finder(classifier.folder)])[0]
+    private = [word for word in NAMES if classifier.is_entity(word)]
+    assert 3 < len(private) < len(NAMES) - 3
+    assert any(len(classifier.tokenizer(word)["input_ids"]) > 3 for word in private)  # of several pieces
+    assert len(classifier.tokenizer(text)["input_ids"]) > 5 * 16
+    said = tokenizer.batch_decode([[token] for token in ids[0].tolist()])
+    place, wrong = 0, []
+    for token, score in zip(said, found.tolist(), strict=True):
+        middle = place + len(token) - 1
+        word = text[: middle + 1].rsplit(" ", 1)[-1] + text[middle + 1 :].split(" ", 1)[0]
+        if float(classifier.is_entity(word.strip("."))) != score and token.strip(" ."):
+            wrong.append((token, word, score))
+        place += len(token)
+    assert wrong == []
+
+
+def test_names_beside_the_rules(classifier):
+    text = "zoe 42 kim cat"
+    tokenizer = train_bpe([text] * 4, vocab_size=300)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    task = SimpleNamespace(
+        windows=SimpleNamespace(train=WindowSplit({"input_ids": ids})),
+        tokenizer=tokenizer,
+        system=SimpleNamespace(trust_remote_code=False),
+        run=SimpleNamespace(fabric=SimpleNamespace(device=torch.device("cpu"))),
+    )
+    found: Any = SimpleNamespace(task=task)
+    rules, names, both = (
+        Detector(scorer=scorer, ner=ner).scores(found, 0)
+        for scorer, ner in (("rules", None), ("ner", classifier.folder), ("rules", classifier.folder))
+    )
+    assert torch.equal(both, torch.maximum(rules, names))
+    assert rules.sum() > 0 and names.sum() > 0 and not torch.equal(both, names) and not torch.equal(both, rules)
+
+
+def test_words_are_whole():
+    assert whole_words("see Alice's cat", 5, 7) == (4, 9)
+    assert whole_words("see Alice", 3, 6) == (3, 9)  # a blank before the word is not widened into the word before it
+    assert whole_words("abc", 0, 3) == (0, 3)
+
+
+def test_what_is_no_classifier_is_refused(classifier, tmp_path):
+    classifier.net.bert.save_pretrained(tmp_path / "bert")
+    classifier.tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match="missing"):
+        entity_finder(str(tmp_path / "bert"))
+    with pytest.raises(ModelError, match="no such directory"):
+        entity_finder(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="scorer=ner needs"):
+        get_system("swing").make(scorer="ner").detector()
+
+
 def test_frequency_against_counting():
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5], [2, 3, 1, 2]])
     found = frequency_scores(ids, n=2, c=2.0)
@@ -553,6 +660,46 @@ def test_the_noise_of_dp_sgd_is_as_large_as_it_says():
     assert any(not torch.equal(first[name], second[name]) for name in first)
     again = gradients(loud, module, batch)
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def exact_epsilon(multiplier: float, delta: float) -> float:
+    """Of one Gaussian mechanism (Balle and Wang, 2018, theorem 8)."""
+
+    def left(epsilon: float) -> float:
+        first, second = 1 / (2 * multiplier) - epsilon * multiplier, -1 / (2 * multiplier) - epsilon * multiplier
+        return norm.cdf(first) - math.exp(epsilon) * norm.cdf(second) - delta
+
+    return brentq(left, 0, 50)
+
+
+def test_the_budget_that_dp_sgd_spends():
+    """Above the exact value of one step and not far above it; more steps cost more, smaller samples and noise pay."""
+    pytest.importorskip("opacus")
+    for multiplier in (1.0, 4.0):
+        found = spent_epsilon(multiplier=multiplier, rate=1.0, steps=1, delta=1e-5)
+        assert 1 < found / exact_epsilon(multiplier, 1e-5) < 1.2
+        # Several Gaussian steps are one with less noise.
+        nine = spent_epsilon(multiplier=3 * multiplier, rate=1.0, steps=9, delta=1e-5)
+        assert nine == pytest.approx(found, rel=1e-6)
+    base = spent_epsilon(multiplier=1.0, rate=0.02, steps=300, delta=1e-5)
+    assert base < spent_epsilon(multiplier=1.0, rate=0.02, steps=600, delta=1e-5)
+    assert base < spent_epsilon(multiplier=1.0, rate=0.04, steps=300, delta=1e-5)
+    assert base > spent_epsilon(multiplier=1.5, rate=0.02, steps=300, delta=1e-5)
+    assert base < 0.3 * spent_epsilon(multiplier=1.0, rate=1.0, steps=300, delta=1e-5)
+    assert spent_epsilon(multiplier=0.0, rate=0.1, steps=1, delta=1e-5) == math.inf
+
+
+def test_the_private_student_says_what_it_has_spent(monkeypatch):
+    swing: Any = get_system("swing").make(dp_delta=1e-5, dp_noise=1.3, batch_size=50, accumulate=2)
+    asked = {}
+    monkeypatch.setattr(privacy, "spent_epsilon", lambda **values: asked.update(values) or 3.5)
+    stage = SimpleNamespace(steps=40, evaluate=lambda: {"perplexity": 2.0})
+    task: Any = SimpleNamespace(vocab_size=31, windows=SimpleNamespace(train=range(1000)), train=lambda *_: stage)
+    assert swing.private_student(task).evaluate() == {"perplexity": 2.0, "epsilon": 3.5}
+    assert asked == {"multiplier": 1.3, "rate": 0.05, "steps": 80, "delta": 1e-5}
+    plain: Any = SimpleNamespace(steps=40, evaluate=None)
+    task.train = lambda *_: plain
+    assert get_system("swing").make().private_student(task).evaluate is None
 
 
 # -- the system -----------------------------------------------------------------------------------------------------

@@ -104,12 +104,12 @@ def test_js_is_symmetric_at_most_ln_2_and_zero_of_one_model():
 
 
 def test_a_student_that_is_the_teacher():
-    """Proxy 0, golden that of the teacher; and where the teacher is the oracle both distances are one."""
-    oracle, teacher, student = model(4), model(5), model(6)
+    """It has no distance to the teacher, and the teacher's to the oracle; the KL of the responses has a direction."""
+    oracle, teacher = model(4), model(5)
     drawn = [batch(SEQUENCES)]
     assert sequence_kl(teacher, teacher, drawn, vocab_size=V).mean == pytest.approx(0, abs=1e-6)
-    assert sequence_kl(oracle, teacher, drawn, vocab_size=V).mean > 0.01
-    assert sequence_kl(oracle, student, drawn, vocab_size=V) == sequence_kl(oracle, student, drawn, vocab_size=V)
+    there, back = (sequence_kl(*pair, drawn, vocab_size=V).mean for pair in ((oracle, teacher), (teacher, oracle)))
+    assert there > 0.01 and back > 0.01 and abs(there / back - 1) > 0.01
 
 
 # -- what is hacking --------------------------------------------------------------------------------------------------
@@ -130,11 +130,12 @@ def test_one_step_from_the_oracle_to_the_teacher():
     assert found.hacked and found.best == 1 and found.proxy_change == -1
     honest = hacking(proxy[1:], proxy[1:])
     assert not honest.hacked and honest.rise == 0
-    away = [(x, 1 - y) for x, y in proxy[1:]]  # a student that leaves both is not hacking: it unlearns
-    assert (
-        not hacking([(x, y * 2 + x) for x, y in golden[1:]], golden[1:]).hacked and not hacking(golden, golden).hacked
-    )
-    assert away
+    away = [(x, 1 - y) for x, y in proxy[1:]]
+    for rising in (away, golden[1:]):  # a student that leaves both is not hacking: it unlearns
+        left = hacking(rising, golden[1:])
+        assert not left.hacked and left.rise > 0.02 and left.proxy_change > 0.02
+    still = hacking([(x, 0.5) for x, _ in golden[1:]], golden[1:])
+    assert still.hacked and still.proxy_change == 0  # a proxy that stagnates is enough
 
 
 def test_the_detector_knows_a_power_law():
@@ -187,6 +188,52 @@ def test_the_course_of_a_stage_is_read_from_its_metrics(tmp_path):
     assert row["hacked"] == 1 and row["golden_rise"] == pytest.approx(0.5) and row["overfit"] == 10
     assert "slope" not in row  # two evaluations are no curve
     assert read_course("student", tmp_path / "none.jsonl") is None
+
+
+def course(term: str = "ForwardKL", proxy: str = "proxy", **config: Any) -> Course:
+    """The proxy falls to 1 nat a token; the training loss is below it from the start."""
+    falling = [(10.0 * x, 1 + 1 / x) for x in range(1, 11)]
+    return Course("student", {proxy: falling}, {term: [(x - 5, y / 2) for x, y in falling]}, config)
+
+
+def test_the_training_loss_is_compared_where_it_is_what_the_proxy_is():
+    as_usual = course(temperature=1.0, on_policy=0.0, text="data", sampling_temperature=1.0, top_p=1.0, beams=1)
+    for known in (course(), as_usual, course(proxy="teacher_kl"), course("CrossEntropy", "selection_loss")):
+        table = hacking_table([known])
+        assert table.rows[0]["overfit"] == 10 and not any("not compared" in note for note in table.notes)
+    # A cross-entropy has no temperature, and beside the student's own text it is on the data's.
+    data = course("CrossEntropy", "selection_loss", temperature=2.0, on_policy=1.0, divergence="forward-kl")
+    assert hacking_table([data]).rows[0]["overfit"] == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (course(temperature=2.0), "temperature 2"),  # T^2 KL(p^(1/T) || q^(1/T)): below KL(p || q), or above it
+        (course(proxy="teacher_kl", temperature=0.5), "temperature 0.5"),
+        (course(on_policy=0.3), "the student wrote"),
+        (course("CrossEntropy", "selection_loss", on_policy=1.0, divergence="labels"), "the student wrote"),
+        (course(proxy="teacher_kl", text="teacher"), "the teacher wrote"),
+        (course("CrossEntropy", "selection_loss", text="teacher", divergence="labels"), "the teacher wrote"),
+        (course(sampling_temperature=0.0), "not drawn"),
+        (course(beams=4), "not drawn"),
+        (course("ReverseKL"), "no term ForwardKL"),
+    ],
+)
+def test_a_training_loss_that_is_something_else_is_not_compared_and_that_is_said(given, why):
+    table = hacking_table([given])
+    assert "overfit" not in table.rows[0] and given.comparable == ()
+    (note,) = (note for note in table.notes if "not compared" in note)
+    assert why in note
+
+
+def test_what_the_stage_was_configured_with_is_read_beside_its_metrics(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    line = {"kind": "eval", "step": 10, "metrics": {"proxy": 1.0}}
+    file.write_text(json.dumps(line) + "\n")
+    (tmp_path / "stage.json").write_text(json.dumps({"name": "student", "plan": {"config": {"temperature": 3.0}}}))
+    found = read_course("student", file)
+    assert found is not None and found.config == {"temperature": 3.0}
 
 
 def test_without_a_distance_the_loss_stands_in_and_it_says_so():
@@ -266,6 +313,21 @@ def test_a_mixture_takes_turns(parts):
     source = fresh_text(policies, Observed(task.new_student(), name="student"), fresh=False, on_policy=0.5)
     own = [float(next(source)["own"][0]) for _ in range(24)]
     assert 4 < sum(own) < 20
+
+
+def test_both_distances_are_one_where_the_teacher_is_the_oracle(parts):
+    """Hacking is then impossible; and of a teacher that is not they differ."""
+    from dataclasses import replace
+
+    from stillhouse.tasks.oracle_language import OracleLanguage, oracle_network
+    from stillhouse.tasks.teacher_hacking import Protocol
+
+    _, task, policies = parts
+    oracle, student = oracle_network(OracleLanguage(), seed=0), task.new_student()
+    honest = Protocol(replace(policies, task=replace(task, teacher=oracle)), oracle, 8).distances(student)
+    assert honest["proxy"] == honest["golden"] > 0.1
+    found = Protocol(policies, oracle, 8).distances(student)
+    assert found["golden"] == honest["golden"] and abs(found["proxy"] / found["golden"] - 1) > 0.05
 
 
 def test_the_oracle_has_opinions_that_depend_on_the_seed(parts):

@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stillhouse.base.files import read_json
 from stillhouse.base.table import Column, Table
 
 Points = Sequence[tuple[float, float]]
 """(step, value), in the order of the steps."""
 
 PROXIES = ("proxy", "teacher_kl", "selection_loss")
+TERMS = {"selection_loss": "CrossEntropy"}  # of the training loss, by proxy; of the others it is ForwardKL
 FLAT = 0.02  # a proxy that rises by no more than this share of itself stagnates
 
 
@@ -135,11 +137,15 @@ def fell_below(train: Points, proxy: Points) -> float | None:
 
 @dataclass(frozen=True)
 class Course:
-    """What a training stage's ``metrics.jsonl`` says: named figures by step, and the loss terms of its player."""
+    """What a training stage's ``metrics.jsonl`` says: named figures by step, and the loss terms of its player.
+
+    ``config``: the field values of its run, as far as they are known.
+    """
 
     stage: str
     figures: Mapping[str, Points]
     terms: Mapping[str, Points]
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def proxy(self) -> str | None:
@@ -148,10 +154,28 @@ class Course:
 
     @property
     def comparable(self) -> Points:
-        """The training loss in the proxy's own unit, if there is one."""
-        if self.proxy == "selection_loss":
-            return self.terms.get("CrossEntropy", ())
-        return self.terms.get("ForwardKL", ())
+        """The training loss where it is what the proxy is, on other text of the same kind; nothing elsewhere."""
+        return () if self.obstacle else self.terms[TERMS.get(self.proxy or "", "ForwardKL")]
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the training loss must not be compared with the proxy, if so."""
+        term, config = TERMS.get(self.proxy or "", "ForwardKL"), self.config
+        # A cross-entropy is on the data's text, but for systems that learn the labels of whatever text there is.
+        other = term != "CrossEntropy" or config.get("divergence") == "labels"
+        drawn = [config.get(name, 1) for name in ("sampling_temperature", "top_p", "beams")]
+        temperature = config.get("temperature", 1)
+        if not self.terms.get(term):
+            return f"it has no term {term}"
+        if other and config.get("on_policy"):
+            return "some of its text the student wrote"
+        if other and self.proxy != "proxy" and config.get("text") == "teacher":
+            return "some of its text the teacher wrote"
+        if self.proxy == "proxy" and drawn != [1, 1, 1]:
+            return "its text was not drawn as the responses are that the proxy is measured on"
+        if term == "ForwardKL" and temperature != 1:
+            return f"its KL is of distributions at temperature {temperature:g}, times the square of that"
+        return None
 
     @property
     def watched(self) -> Points:
@@ -160,7 +184,10 @@ class Course:
 
 
 def read_course(stage: str, metrics: Path) -> Course | None:
-    """The course of a stage that evaluated while it trained, finished or not; None if it did not."""
+    """The course of a stage that evaluated while it trained, finished or not; None if it did not.
+
+    What its run was configured with is read from ``stage.json`` beside it.
+    """
     figures: dict[str, dict[float, float]] = {}
     terms: dict[str, dict[float, float]] = {}
     for line in _lines(metrics):
@@ -176,7 +203,9 @@ def read_course(stage: str, metrics: Path) -> Course | None:
     if not figures:
         return None
     sort = {name: sorted(values.items()) for name, values in figures.items()}
-    return Course(stage, sort, {name: sorted(values.items()) for name, values in terms.items()})
+    record = metrics.with_name("stage.json")
+    plan = (read_json(record).get("plan") or {}) if record.exists() else {}
+    return Course(stage, sort, {name: sorted(values.items()) for name, values in terms.items()}, plan.get("config", {}))
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
@@ -226,7 +255,10 @@ def hacking_table(courses: Sequence[Course], *, window: float = 0.4, tolerance: 
                 notes.append(f"{course.stage}: the proxy leaves its power law at step {found.flagged:,.0f}.")
         else:
             notes.append(f"{course.stage}: {len(curve)} evaluations are too few for a law; evaluate more often.")
-        row["overfit"] = fell_below(course.comparable, course.watched)
+        if course.obstacle is None:
+            row["overfit"] = fell_below(course.comparable, course.watched)
+        else:
+            notes.append(f"{course.stage}: the training loss is not compared with the proxy: {course.obstacle}.")
         if "golden" in course.figures:
             golden = hacking(curve, course.figures["golden"])
             row |= {"golden": course.figures["golden"][-1][1], "best_step": golden.best, "golden_rise": golden.rise}

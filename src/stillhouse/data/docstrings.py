@@ -42,13 +42,21 @@ def docstrings() -> Iterator[tuple[str, str]]:
                     yield f"What is {title}?", line
 
 
+def _pairs() -> list[tuple[str, str]]:
+    """One question for each answer, the first: methods share documentation, and held-out answers must not be known."""
+    first: dict[str, tuple[str, str]] = {}
+    for question, answer in docstrings():
+        first.setdefault(" ".join(answer.casefold().rstrip(" .").split()), (question, answer))
+    return list(first.values())
+
+
 def load_quality(source: str) -> TextData:
     """Clean data by name (see `load_text`); ``demo``: `docstrings` as prompts and completions."""
     if source != "demo":
         return load_text(source)
     import datasets
 
-    pairs = list(dict(docstrings()).items())
+    pairs = _pairs()
     columns = {"prompt": [prompt for prompt, _ in pairs], "completion": [answer for _, answer in pairs]}
     return TextData(datasets.Dataset.from_dict(columns), "prompt-completion", "docstrings", digest("docstrings", pairs))
 
@@ -71,7 +79,7 @@ def load_preferences(source: str, *, seed: int = 0) -> list[Preference]:
         DataError: no such file, or a record without one of the three.
     """
     if source == "demo":
-        pairs = list(dict(docstrings()).items())
+        pairs = _pairs()
         other = [answer for _, answer in pairs]
         random.Random(seed).shuffle(other)
         return [Preference(p, a, b) for (p, a), b in zip(pairs, other, strict=True) if a != b]

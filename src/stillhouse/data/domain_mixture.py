@@ -1,6 +1,7 @@
 """How much of every domain a student reads: weights that follow its gap to the teacher, and the source that obeys them.
 
-Liu et al. (2024), DDK, arXiv 2407.16154, section 3. Suffixes: D domains, B rows of a batch.
+Liu et al. (2024), DDK, arXiv 2407.16154, section 3; for comparison Xie et al. (2023), DoReMi, arXiv 2305.10429.
+Suffixes: D domains, B rows of a batch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ def smoothed_weights(weight_D: Tensor, ratio_D: Tensor, *, alpha: float) -> Tens
     """
     psi_D = (weight_D.double().log() + ratio_D.double()).softmax(-1)
     return alpha * psi_D + (1 - alpha) / len(psi_D)
+
+
+def excess_weights(weight_D: Tensor, excess_D: Tensor, *, step: float = 1.0, smoothing: float = 1e-3) -> Tensor:
+    """DoReMi's next weights: (1 - smoothing) psi / sum(psi) + smoothing / D, with psi = weight * exp(step * excess).
+
+    ``excess_D``: by how much losses exceed a reference's, in nats a token; below 0 counts as 0.
+    """
+    psi_D = (weight_D.double().log() + step * excess_D.double().clamp(min=0)).softmax(-1)
+    return (1 - smoothing) * psi_D + smoothing / len(psi_D)
 
 
 @dataclass(frozen=True)

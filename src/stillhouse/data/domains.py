@@ -35,10 +35,7 @@ def load_domains(
     if domain_field is not None:
         found = _by_field(read(source), read(source, domain_field), domain_field)
     elif "=" in source and not Path(source).expanduser().exists():
-        parts = [part.strip().partition("=") for part in source.split(",")]
-        if not all(name and path for name, _, path in parts) or len({name for name, *_ in parts}) < len(parts):
-            raise DataError(f"{source}: write NAME=SOURCE,NAME=SOURCE,... with a name of its own for each domain")
-        found = {name: read(path) for name, _, path in parts}
+        found = {name: read(path) for name, path in named_sources(source).items()}
     else:
         found = {name: read(str(path)) for name, path in _parts(source).items()}
     if len(found) < 2:
@@ -46,6 +43,18 @@ def load_domains(
     if len(kinds := {text.kind for text in found.values()}) > 1:
         raise DataError(f"{source}: domains of several forms ({', '.join(sorted(kinds))}); give all of them one form")
     return found
+
+
+def named_sources(source: str) -> dict[str, str]:
+    """``NAME=SOURCE,NAME=SOURCE,...``, taken apart.
+
+    Raises:
+        DataError: a part without a name or a source, or a name twice.
+    """
+    parts = [part.strip().partition("=") for part in source.split(",")]
+    if not all(name and path for name, _, path in parts) or len({name for name, *_ in parts}) < len(parts):
+        raise DataError(f"{source}: write NAME=SOURCE,NAME=SOURCE,... with a name of its own for each")
+    return {name: path for name, _, path in parts}
 
 
 def _parts(source: str) -> dict[str, Path]:

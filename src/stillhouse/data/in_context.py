@@ -1,6 +1,6 @@
 """Tasks for in-context learning: demonstrations, a question, an answer, and what else could have been answered.
 
-Shapes: B batch, D tokens of demonstrations, T tokens of question and answer.
+Shapes: B batch, D tokens of demonstrations, T tokens of question and answer, Y tokens of an answer and its end.
 """
 
 from __future__ import annotations
@@ -47,19 +47,30 @@ class Item:
     answer: Tokens = ()
 
 
-def key_map(keys: int, labels: int, *, copies: int, seed: int) -> list[dict[str, Any]]:
-    """Records of one embedded task: a random map from keys to labels, every pair ``copies`` times."""
-    chosen = torch.randint(labels, (keys,), generator=torch.Generator().manual_seed(seed)).tolist()
+def all_maps(keys: int, labels: int, *, seed: int) -> Tensor:
+    """Every map from keys to labels, once, in an order that depends on the seed: (labels ** keys, keys)."""
+    maps = torch.cartesian_prod(*[torch.arange(labels)] * keys).reshape(-1, keys)
+    return maps[torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))]
+
+
+def key_map(chosen: Sequence[int], labels: int, *, copies: int) -> list[dict[str, Any]]:
+    """Records of one embedded task: a map that gives each key its label, every pair ``copies`` times."""
     names = [f"v{number}" for number in range(labels)]
-    pairs = [{"task": f"map {seed}", "input": f"k{key}", "output": names[label]} for key, label in enumerate(chosen)]
+    task = "map " + " ".join(map(str, chosen))
+    pairs = [{"task": task, "input": f"k{key}", "output": names[label]} for key, label in enumerate(chosen)]
     return [{**pair, "candidates": names} for pair in pairs for _ in range(copies)]
 
 
-def pair_streams(count: int, pairs: int, *, keys: int, labels: int, generator: torch.Generator) -> Tensor:
-    """Streams of key, label, key, label, ... of a fresh map each: (count, 2 pairs), keys first in the vocabulary."""
-    maps = torch.randint(labels, (count, keys), generator=generator)
+def pair_streams(maps: Tensor, count: int, pairs: int, *, generator: torch.Generator) -> Tensor:
+    """Streams of key, label, key, label, ..., each of one of the ``maps`` (M, keys), keys first in the vocabulary.
+
+    Returns:
+        (count, 2 pairs).
+    """
+    keys = maps.shape[1]
+    chosen = maps[torch.randint(len(maps), (count,), generator=generator)]
     shown = torch.randint(keys, (count, pairs), generator=generator)
-    return torch.stack([shown, keys + maps.gather(1, shown)], -1).flatten(1)
+    return torch.stack([shown, keys + chosen.gather(1, shown)], -1).flatten(1)
 
 
 def read_records(file: str | Path) -> list[dict[str, Any]]:
@@ -94,10 +105,17 @@ def read_records(file: str | Path) -> list[dict[str, Any]]:
 def tasks_of(
     records: Sequence[dict[str, Any]], encode: Callable[[str], list[int]], *, separator: str, end: str
 ) -> list[IclTask]:
-    """The tasks in some records, in their order; a question ends with ``separator``, an answer with ``end``."""
+    """The tasks in some records, in their order; a question ends with ``separator``, an answer with ``end``.
+
+    Raises:
+        DataError: a question has no tokens.
+    """
 
     def question(record: dict[str, Any]) -> Tokens:
-        return tuple(encode(record["input"] + separator))
+        tokens = tuple(encode(record["input"] + separator))
+        if not tokens:
+            raise DataError(f"task {record['task']!r}: an input is empty, and so is the separator; give one of them")
+        return tokens
 
     def answer(text: str) -> Tokens:
         return tuple(encode(text + end))
@@ -133,6 +151,24 @@ def collate(items: Sequence[Item], *, pad: int, demo_tokens: int) -> dict[str, T
         "targets": [row + [UNSCORED] * (T - 1 - len(row)) for row in targets],
     }
     return {name: torch.tensor(values, dtype=torch.int64).reshape(len(items), -1) for name, values in rows.items()}
+
+
+def collate_answers(items: Sequence[Item], *, pad: int, start: int, end: int, demo_tokens: int) -> dict[str, Tensor]:
+    """Items as a batch for an encoder, which reads the question, and a decoder, which writes the answer.
+
+    ``demo_ids`` and ``demo_mask`` as in `collate`; ``input_ids`` and ``attention_mask`` (B, T), the question, filled up
+    at the right; ``decoder_input_ids`` (B, Y), ``start`` and the answer, whose position t has to say ``targets``
+    (B, Y), the answer and ``end``, `UNSCORED` after it; ``answer_mask`` (B, Y).
+    """
+    asked = collate([Item(one.demonstrations, one.question) for one in items], pad=pad, demo_tokens=demo_tokens)
+    Y = max(len(one.answer) for one in items) + 1
+    answers = [one.answer for one in items]
+    rows = {
+        "decoder_input_ids": [[start, *one, *[pad] * (Y - 1 - len(one))] for one in answers],
+        "answer_mask": [[1] * (len(one) + 1) + [0] * (Y - 1 - len(one)) for one in answers],
+        "targets": [[*one, end, *[UNSCORED] * (Y - 1 - len(one))] for one in answers],
+    }
+    return {**asked, **{name: torch.tensor(values, dtype=torch.int64) for name, values in rows.items()}}
 
 
 def episode(task: IclTask, demos: int, generator: torch.Generator) -> Item:

@@ -16,12 +16,16 @@ Score = Callable[[str, Problem], float]
 
 @dataclass(frozen=True)
 class Preference:
-    """``chosen`` was preferred over ``rejected``; ``mistaken``: against what a known score says."""
+    """``chosen`` was preferred over ``rejected``; ``mistaken``: against what a known score says.
+
+    ``cut``: whether (chosen, rejected) were stopped before they ended, so that no end is to be learnt from them.
+    """
 
     prompt: str
     chosen: str
     rejected: str
     mistaken: bool = False
+    cut: tuple[bool, bool] = (False, False)
 
 
 def read_preferences(
@@ -51,20 +55,29 @@ def _response(value: Any, name: str, where: str) -> str:
     return value
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A response, what it is worth, and whether it was stopped before it ended."""
+
+    text: str
+    score: float
+    cut: bool = False
+
+
 def ranked(
-    prompts: Sequence[str], scored: Sequence[Sequence[tuple[str, float]]], *, flip: float, seed: object
+    prompts: Sequence[str], scored: Sequence[Sequence[Scored]], *, flip: float, seed: object
 ) -> list[Preference]:
-    """Of two responses (text, score) to each prompt the one with the higher score is chosen; ties are dropped.
+    """Of two responses to each prompt the one with the higher score is chosen; ties are dropped.
 
     A share ``flip`` of the pairs, drawn one by one, is turned round: preferences are noisy.
     """
     rng, pairs = random.Random(repr(seed)), []
-    for prompt, ((one, first), (other, second)) in zip(prompts, scored, strict=True):
+    for prompt, (one, other) in zip(prompts, scored, strict=True):
         mistaken = rng.random() < flip
-        if first == second:
+        if one.score == other.score:
             continue
-        better, worse = (one, other) if (first > second) != mistaken else (other, one)
-        pairs.append(Preference(prompt, better, worse, mistaken))
+        better, worse = (one, other) if (one.score > other.score) != mistaken else (other, one)
+        pairs.append(Preference(prompt, better.text, worse.text, mistaken, (better.cut, worse.cut)))
     return pairs
 
 

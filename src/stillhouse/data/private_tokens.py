@@ -1,14 +1,15 @@
-"""How likely each token of a text is private: by rules, or by how rare what stands before it is.
+"""How likely each token of a text is private: by rules and names found in it, or by how rare what stands before it is.
 
 Scores are in [0, 1]; that of column t is about token t itself. Shapes: N sequences, T tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,12 +41,42 @@ def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     ]
 
 
-def rule_scores(
-    ids_NT: Tensor, tokenizer: PreTrainedTokenizerBase, *, extra: str | None = None, around: int = 0
-) -> Tensor:
-    """1 on tokens that share a character with a match of `RULES` or of the expression ``extra``, else 0: (N, T).
+Spans = Callable[[list[str]], list[list[tuple[int, int]]]]
+"""From texts to the places of what is private in each: first character, and the one after the last."""
 
-    ``around`` tokens on both sides are flagged with them. Special tokens end a text: no match reaches over them.
+
+def span_scores(
+    ids_NT: Tensor, tokenizer: PreTrainedTokenizerBase, spans: Sequence[Spans], *, around: int = 0
+) -> Tensor:
+    """1 on tokens that share a character with a span that one of ``spans`` finds in their sequence, else 0: (N, T).
+
+    ``around`` tokens on both sides are flagged with them. Special tokens end a text: they are read as an empty line.
+    """
+    known = torch.unique(ids_NT).tolist()
+    texts = dict(zip(known, pieces(known, tokenizer), strict=True))
+    texts |= dict.fromkeys(set(tokenizer.all_special_ids) & texts.keys(), "\n\n")
+    rows = ids_NT.tolist()
+    written = ["".join(texts[token] for token in row) for row in rows]
+    found = [find(written) for find in spans]
+    score_NT = torch.zeros(ids_NT.shape)
+    for number, (row, text) in enumerate(zip(rows, written, strict=True)):
+        private = torch.zeros(len(text) + 1)
+        for first, last in (span for each in found for span in each[number]):
+            private[first:last] = 1
+        covered = private.cumsum(0)
+        ends = list(itertools.accumulate(len(texts[token]) for token in row))
+        for place, end in enumerate(ends):
+            start = ends[place - 1] if place else 0
+            before = float(covered[start - 1]) if start else 0.0
+            score_NT[number, place] = float(end > start and float(covered[end - 1]) > before)
+    if around:
+        pooled = torch.nn.functional.max_pool1d(score_NT.unsqueeze(1), 2 * around + 1, stride=1, padding=around)
+        score_NT = pooled.squeeze(1)
+    return score_NT
+
+
+def rule_spans(extra: str | None = None) -> Spans:
+    """Finds the matches of `RULES` and of the expression ``extra``.
 
     Raises `ConfigError` if ``extra`` is not a regular expression.
     """
@@ -53,29 +84,14 @@ def rule_scores(
         rules = [re.compile(rule) for rule in (*RULES, *([extra] if extra else []))]
     except re.error as error:
         raise ConfigError(f"patterns={extra!r} is not a regular expression ({error})") from error
-    known = torch.unique(ids_NT).tolist()
-    texts = dict(zip(known, pieces(known, tokenizer), strict=True))
-    texts |= dict.fromkeys(set(tokenizer.all_special_ids) & texts.keys(), "\n\n")
-    score_NT = torch.zeros(ids_NT.shape)
-    for row, ids in enumerate(ids_NT.tolist()):
-        ends, length = [], 0
-        for token in ids:
-            length += len(texts[token])
-            ends.append(length)
-        text = "".join(texts[token] for token in ids)
-        private = torch.zeros(length + 1)
-        for rule in rules:
-            for match in rule.finditer(text):
-                private[match.start() : match.end()] = 1
-        covered = private.cumsum(0)
-        for place, end in enumerate(ends):
-            start = ends[place - 1] if place else 0
-            before = float(covered[start - 1]) if start else 0.0
-            score_NT[row, place] = float(end > start and float(covered[end - 1]) > before)
-    if around:
-        pooled = torch.nn.functional.max_pool1d(score_NT.unsqueeze(1), 2 * around + 1, stride=1, padding=around)
-        score_NT = pooled.squeeze(1)
-    return score_NT
+    return lambda texts: [[match.span() for rule in rules for match in rule.finditer(text)] for text in texts]
+
+
+def rule_scores(
+    ids_NT: Tensor, tokenizer: PreTrainedTokenizerBase, *, extra: str | None = None, around: int = 0
+) -> Tensor:
+    """`span_scores` of `rule_spans`."""
+    return span_scores(ids_NT, tokenizer, [rule_spans(extra)], around=around)
 
 
 def frequency_scores(ids_NT: Tensor, *, n: int, c: float) -> Tensor:

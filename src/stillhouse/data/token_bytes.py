@@ -131,6 +131,25 @@ def compositions(old: Vocabulary, new: Vocabulary) -> list[list[int]]:
     return found
 
 
+def spellings(old: Vocabulary, new: Vocabulary) -> dict[tuple[int, ...], int]:
+    """How the tokens of ``old`` are written in the single bytes of ``new``: ids of ``new`` -> the id of ``old``.
+
+    A special token of ``new`` writes the one of its role, or of its name. Of several old tokens of the same bytes the
+    first is taken; those with a byte that ``new`` has not are left out.
+    """
+    letters = {piece: number for number, piece in reversed(list(enumerate(new.pieces))) if piece and len(piece) == 1}
+    found: dict[tuple[int, ...], int] = {}
+    for number, parts in enumerate(compositions(old, new)):
+        if new.special[number] and parts:
+            found[number,] = parts[0]
+    for number, piece in enumerate(old.pieces):
+        ids = [letters.get(bytes([byte])) for byte in piece or b""]
+        written = tuple(each for each in ids if each is not None)
+        if written and len(written) == len(ids):
+            found.setdefault(written, number)
+    return found
+
+
 def nearest_spelling(teacher: Vocabulary, student: Vocabulary) -> np.ndarray:
     """(V_S) for every student token the teacher's token of the same bytes, or of the least edit distance (MinED).
 

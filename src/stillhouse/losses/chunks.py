@@ -60,6 +60,10 @@ class ChunkDivergence:
     temperature: float = 100.0
     order: float = 0.5
 
+    def __post_init__(self) -> None:
+        if self.order == 1:
+            raise ValueError("a Renyi divergence of order 1 is the KL divergence; use binary-kl at temperature 1")
+
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         log_p, log_q = a / self.temperature - EPSILON, b / self.temperature - EPSILON
         match self.name:

@@ -43,7 +43,10 @@ def losses_between(
 
 
 def gradient_cosine(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> float:
-    """Mean cosine between the gradients of consecutive losses: how much of a step is signal rather than noise."""
+    """Mean cosine between the gradients of consecutive losses: how much of a step is signal rather than noise.
+
+    A single loss, of a text that is one batch, is followed by itself: no noise, 1.
+    """
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [
         torch.cat(
@@ -51,6 +54,7 @@ def gradient_cosine(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) ->
         )
         for loss in losses
     ]
+    gradients = gradients * 2 if len(gradients) == 1 else gradients
     cosines = [F.cosine_similarity(a, b, dim=0) for a, b in itertools.pairwise(gradients)]
     return float(torch.stack(cosines).mean())
 

@@ -42,6 +42,9 @@ class Stability:
         )
 
 
-def by_round(values: Sequence[float], steps: int) -> list[float]:
-    """Means over the ``steps`` optimizer steps of each round of rollouts."""
-    return [sum(part) / len(part) for at in range(0, len(values), steps) if (part := values[at : at + steps])]
+def by_round(values: Sequence[float], rounds: Sequence[float]) -> list[float]:
+    """Means of what was logged in the optimizer steps of each round of rollouts; ``rounds`` says in which."""
+    found: dict[float, list[float]] = {}
+    for value, number in zip(values, rounds, strict=True):
+        found.setdefault(number, []).append(value)
+    return [sum(part) / len(part) for part in found.values()]

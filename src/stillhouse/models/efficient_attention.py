@@ -1,8 +1,9 @@
-"""Encoders with efficient attention, converted from BERT or RoBERTa: Longformer, BigBird, Nystromformer.
+"""Encoders with efficient attention, converted from BERT or RoBERTa: Longformer, BigBird, Nystromformer, LSG.
 
 `convert_encoder` copies all weights into the ``transformers`` class of that attention and repeats the position table
-up to the new length, so the result is an ordinary model of its class. `shallow` keeps some layers of a model, of
-whatever attention; `encoder_cost` says what a model costs at a length.
+up to the new length, so the result is an ordinary model of its class; LSG, which ``transformers`` has not, is in
+`stillhouse.models.lsg`. `shallow` keeps some layers of a model, of whatever attention; `encoder_cost` says what a model
+costs at a length.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.base.errors import ModelError
+from stillhouse.base.files import read_json
 from stillhouse.models.errors import clear_errors, quiet
+from stillhouse.models.lsg import IMPLEMENTATION, PREFIX, Sparse, check_lsg, lsg_classes
 
-Attention = Literal["full", "longformer", "bigbird", "nystromformer"]
+Attention = Literal["full", "longformer", "bigbird", "nystromformer", "lsg"]
 SOURCES = {"bert": "bert", "roberta": "roberta"}
 HEADS = {
     "cls.predictions.transform.dense.": "lm_head.dense.",
@@ -51,7 +54,7 @@ SHARED = (
 def reserved_positions(model: Any) -> int:
     """Rows of the position table before that of the first token: what RoBERTa, Longformer and Nystromformer keep."""
     kind = model.config.model_type
-    if kind in ("roberta", "longformer"):
+    if kind in ("roberta", "longformer", "lsg-roberta"):
         return int(model.config.pad_token_id) + 1
     return 2 if kind == "nystromformer" else 0
 
@@ -82,19 +85,26 @@ def convert_encoder(
     block: int = 64,
     random_blocks: int = 3,
     landmarks: int = 64,
+    factor: int = 2,
+    selection: Sparse = "norm",
+    global_ids: Sequence[int] = (),
 ) -> Any:
     """A masked language model with another attention and ``length`` positions, with the weights of ``teacher``.
 
     Longformer's projections of global tokens start as copies of the local ones; Nystromformer's convolution starts at
-    zero, so that nothing but the approximation of the softmax is new.
+    zero, so that nothing but the approximation of the softmax is new. LSG's global tokens start as embeddings of words
+    that stand at positions 0, 1, and so on.
 
     Args:
         teacher: a ``BertForMaskedLM`` or ``RobertaForMaskedLM``.
         attention: ``full`` makes the positions longer and leaves the rest.
         trained: positions that the teacher was trained with, if its table has more.
         window: Longformer: a token sees half of so many tokens on either side.
-        block, random_blocks: BigBird: tokens of a block, and blocks that each one sees by chance.
+        block: BigBird and LSG: tokens of a block.
+        random_blocks: BigBird: blocks that each one sees by chance.
         landmarks: Nystromformer: means of segments that stand for queries and keys.
+        factor, selection: LSG: how many tokens are read beyond the blocks beside one's own, and which.
+        global_ids: LSG: the words that its global tokens start from; as many as there are.
 
     Raises:
         ModelError: a model of another kind, or a length that the attention cannot be cut into.
@@ -107,8 +117,15 @@ def convert_encoder(
     common = {name: getattr(config, name) for name in SHARED if getattr(config, name, None) is not None}
     _divides(attention, length, {"longformer": window, "bigbird": block, "nystromformer": landmarks}.get(attention, 1))
     extra: dict[str, Any] = {}
+    config_class: Any = None
     if attention == "full":
         name, extra = {"bert": "Bert", "roberta": "Roberta"}[kind], {}
+    elif attention == "lsg":
+        check_lsg(block=block, factor=factor, selection=selection)
+        name, classes = {"bert": "Bert", "roberta": "Roberta"}[kind], lsg_classes(kind)
+        config_class, model_class = classes["Config"], classes["ForMaskedLM"]
+        extra = {"block": block, "factor": factor, "selection": selection, "global_tokens": len(global_ids)}
+        extra = {"lsg": extra}
     elif attention == "longformer":
         name, extra = "Longformer", {"attention_window": [window] * config.num_hidden_layers}
     elif attention == "bigbird":
@@ -122,10 +139,12 @@ def convert_encoder(
     else:
         name, extra = "Nystromformer", {"num_landmarks": landmarks, "segment_means_seq_len": length}
     before = teacher.config.pad_token_id + 1 if name in ("Roberta", "Longformer") else 0
-    made = getattr(transformers, f"{name}Config")(**common, max_position_embeddings=length + before, **extra)
+    if config_class is None:
+        config_class, model_class = (getattr(transformers, name + part) for part in ("Config", "ForMaskedLM"))
+    made = config_class(**common, max_position_embeddings=length + before, **extra)
     with torch.random.fork_rng(devices=[]), quiet():
-        model = getattr(transformers, f"{name}ForMaskedLM")(made)
-    _carry(teacher, model, length, trained)
+        model = model_class(made)
+    _carry(teacher, model, length, trained, global_ids)
     return mended(model.to(next(teacher.parameters()).dtype).eval())
 
 
@@ -153,7 +172,10 @@ def token_classifier(model: Any, labels: Sequence[str], *, seed: int) -> Any:
     """A tagger that begins with the encoder of a masked language model; its last layer is new, fixed by ``seed``."""
     import transformers
 
-    kind = getattr(transformers, type(model).__name__.replace("ForMaskedLM", "ForTokenClassification"))
+    if model.config.model_type.startswith(PREFIX):
+        kind = lsg_classes(model.config.model_type.removeprefix(PREFIX))["ForTokenClassification"]
+    else:
+        kind = getattr(transformers, type(model).__name__.replace("ForMaskedLM", "ForTokenClassification"))
     raw = model.config.to_dict() | {"architectures": None}
     raw |= {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
     raw.pop("num_labels", None)
@@ -170,6 +192,7 @@ def load_efficient(folder: str | Path, *, tagger: bool = False) -> Any:
     from transformers import AutoModelForMaskedLM, AutoModelForTokenClassification
 
     auto = AutoModelForTokenClassification if tagger else AutoModelForMaskedLM
+    register_lsg(folder)
     with clear_errors(str(folder)):
         model, report = auto.from_pretrained(
             str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
@@ -178,6 +201,14 @@ def load_efficient(folder: str | Path, *, tagger: bool = False) -> Any:
     if missing:
         raise ModelError(f"{folder}: weights are missing (first: {min(missing)}); save the model again")
     return mended(model.eval())
+
+
+def register_lsg(folder: str | Path) -> None:
+    """Let the Auto classes load the LSG model in ``folder``, in this process; nothing happens for another model."""
+    path = Path(folder) / "config.json"
+    kind = str(read_json(path).get("model_type")) if path.is_file() else ""
+    if kind.startswith(PREFIX) and kind.removeprefix(PREFIX) in SOURCES:
+        lsg_classes(kind.removeprefix(PREFIX))
 
 
 def mended(model: Any) -> Any:
@@ -286,7 +317,7 @@ def _at_length(model: Any, length: int) -> Any:
 def _counted_attention(model: Any) -> Any:
     """Fused attention on a CPU is not counted: let it be done step by step."""
     before = model.config._attn_implementation
-    change = before not in (None, "eager")
+    change = before not in (None, "eager", IMPLEMENTATION)
     if change:
         model.set_attn_implementation("eager")
     try:
@@ -307,7 +338,7 @@ def _divides(attention: str, length: int, part: int) -> None:
 
 
 @torch.no_grad()
-def _carry(teacher: Any, model: Any, length: int, trained: int | None) -> None:
+def _carry(teacher: Any, model: Any, length: int, trained: int | None, global_ids: Sequence[int]) -> None:
     found = _neutral(teacher)
     table, offset = "embeddings.position_embeddings.weight", reserved_positions(model)
     known = found[table][reserved_positions(teacher) :]
@@ -320,6 +351,10 @@ def _carry(teacher: Any, model: Any, length: int, trained: int | None) -> None:
         if plain == table:
             # Rows that stand for no position stay as they are.
             wanted[name] = torch.cat([own[:offset], tile_positions(known, length, trained=trained).to(own)])
+        elif plain == "embeddings.LayerNorm.global_tokens":
+            first = found["embeddings.token_type_embeddings.weight"][0]
+            places = tile_positions(known, len(global_ids), trained=trained)
+            wanted[name] = found["embeddings.word_embeddings.weight"][list(global_ids)] + places + first
         elif plain in found:
             wanted[name] = found[plain]
         elif local in found:

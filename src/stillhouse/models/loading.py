@@ -16,6 +16,7 @@ import torch
 from stillhouse.base.errors import ModelError, near, one_line, suggest
 from stillhouse.models.conversion import is_converted, load_converted
 from stillhouse.models.errors import clear_errors
+from stillhouse.models.input_expansion import is_expanded, load_expanded
 from stillhouse.models.swiftkv import is_swiftkv, load_swiftkv
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ def load_causal_lm(
     if wanted != "auto" and not isinstance(wanted, torch.dtype):
         raise ModelError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
     folder = local_folder(name)
-    if folder is not None and (is_converted(folder) or is_swiftkv(folder)):  # changed by stillhouse: types of their own
+    kinds = ((is_converted, load_converted), (is_swiftkv, load_swiftkv), (is_expanded, load_expanded))
+    load = next((load for known, load in kinds if folder is not None and known(folder)), None)
+    if folder is not None and load is not None:  # changed by stillhouse: types of their own
         check_files(folder)
-        load = load_swiftkv if is_swiftkv(folder) else load_converted
         model = load(folder, dtype=wanted if isinstance(wanted, torch.dtype) else None)
         tokenizer = load_tokenizer(name, folder, revision=revision, trust_remote_code=False)
         _check_ids_fit(name, model, tokenizer)

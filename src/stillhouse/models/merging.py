@@ -95,7 +95,8 @@ def merge_directories(
         ancestor: the model all others were made from; its shards are those of the result.
         others, coefficients: the models, and how much of each one's change is taken.
         dtype: of the result; by default each tensor's own in the ancestor.
-        files_of: which of ``others`` gives the tokenizer, the chat template and the generation settings.
+        files_of: which of ``others`` gives the tokenizer, the chat template and the generation settings; without
+            others it is the ancestor.
         special_tokens: refuse models whose added tokens differ.
 
     Raises:
@@ -122,7 +123,7 @@ def merge_directories(
     if len(shards) > 1 or shards[0].name != "model.safetensors":
         index = {"metadata": {"total_size": total}, "weight_map": {n: f.name for n, f in first.files.items()}}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    giver = models[1 + files_of]
+    giver = (models[1:] or models)[files_of]
     config = giver.config
     if wanted is not None:
         config.dtype = wanted

@@ -208,6 +208,9 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
         layer.out_features, layer.in_features = layer.weight.shape
     elif isinstance(layer, nn.Conv2d):
         layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+    elif type(layer).__name__ == "Conv1D":  # of GPT-2
+        for name, size in zip(("nx", "nf"), value.shape, strict=True) if leaf == "weight" else ():
+            setattr(layer, name, size)
     elif isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = tuple(layer.weight.shape)
 

@@ -41,7 +41,7 @@ class _Shape(NamedTuple):
 
 
 def scaled_config(
-    teacher_config: PretrainedConfig, *, ratio: float | None = None, **sizes: int | None
+    teacher_config: PretrainedConfig, *, ratio: float | None = None, whole_heads: bool = False, **sizes: int | None
 ) -> PretrainedConfig:
     """The teacher's architecture made smaller; same vocabulary, same kind of layers.
 
@@ -52,6 +52,7 @@ def scaled_config(
 
     Args:
         ratio: fraction of the teacher's parameters, in (0, 1].
+        whole_heads: search only widths that are whole heads of the teacher's size.
         sizes: any of ``layers``, ``hidden_size``, ``heads``, ``kv_heads``, ``head_dim`` and ``intermediate_size``;
             they are kept as given.
 
@@ -71,7 +72,7 @@ def scaled_config(
         return small
     if not 0 < ratio <= 1:
         raise ModelError(f"student: scale {ratio}: must be above 0 and at most 1")
-    return _search(config, teacher, given, ratio)
+    return _search(config, teacher, given, ratio, _widths(teacher, whole_heads))
 
 
 def student_from_spec(spec: str, teacher_config: PretrainedConfig) -> PretrainedConfig:
@@ -81,7 +82,7 @@ def student_from_spec(spec: str, teacher_config: PretrainedConfig) -> Pretrained
         ModelError: naming the part of the line that is wrong, and what is allowed.
     """
     aliases = {alias: name for name, known in SIZES.items() for alias in (name, *known)}
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     ratio = None
     for part in spec.replace(" ", "").split(","):
         name, sign, value = part.partition(":" if part.startswith("scale:") else "=")
@@ -216,10 +217,12 @@ def _heads_for(teacher: _Shape, width: int) -> int:
 # The search for a share of the parameters
 
 
-def _search(config: PretrainedConfig, teacher: _Shape, given: dict[str, int], ratio: float) -> PretrainedConfig:
+def _search(
+    config: PretrainedConfig, teacher: _Shape, given: dict[str, int], ratio: float, wide: list[int]
+) -> PretrainedConfig:
     """The best of one candidate a width: the deepest that fits."""
     budget = ratio * config_parameters(config)
-    widths = [] if {"hidden_size", "heads"} & given.keys() else [{"hidden_size": width} for width in _widths(teacher)]
+    widths = [] if {"hidden_size", "heads"} & given.keys() else [{"hidden_size": width} for width in wide]
     shapes = [_widened(teacher, given | width) for width in widths or [{}]]
     least = given.get("layers", 1)
     found = [fit for shape in shapes if (fit := _deepest(config, shape, budget, least)) is not None]
@@ -233,11 +236,11 @@ def _search(config: PretrainedConfig, teacher: _Shape, given: dict[str, int], ra
     return next(small for small in depths if config_parameters(small) <= budget)
 
 
-def _widths(teacher: _Shape) -> list[int]:
+def _widths(teacher: _Shape, whole_heads: bool) -> list[int]:
     """Widths up to the teacher's, at least 12 of them where they can be whole heads, or halves or quarters of one."""
     width = teacher.hidden_size
     step = width // teacher.heads if width % teacher.heads == 0 else math.gcd(width, 32)
-    while step % 2 == 0 and width // step < 12:
+    while step % 2 == 0 and width // step < 12 and not whole_heads:
         step //= 2
     return list(range(step, width + 1, step))
 

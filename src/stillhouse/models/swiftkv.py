@@ -8,6 +8,11 @@ runs l layers and the key and value projections only (Qiao et al., 2024, arXiv 2
 one copy of all that they share. ``save_pretrained`` writes the converted model alone, under a model type of its own
 (``swiftkv-llama``); `load_swiftkv` reads it back. ``generate`` ends the forward of the prompt early and keeps one pair
 of keys and values a group, whatever the architecture: queries, keys and positions stay the attention's own code.
+
+Three kinds of attention can be converted. With ``q_proj``, ``k_proj`` and ``v_proj`` (Llama, Qwen2, Qwen3, Mistral),
+each has a new one beside it. Where one projection gives all three (Phi-3, GPT-NeoX), it is cut into three new ones.
+With latent attention (MLA: DeepSeek-V2 and V3), the compressed latent and the key's rotary part are made of z; the
+projections from and to latents, with their norms, are the new parts.
 """
 
 from __future__ import annotations
@@ -15,8 +20,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,8 +38,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 PREFIX = "swiftkv-"
-Role = Literal["query", "key", "value", "key norm"]
-PROJECTIONS: dict[Role, str] = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+Role = Literal["query", "query norm", "key", "value", "key norm", "latent", "latent norm", "expanded", "fused"]
+OF_THE_LAYER: tuple[Role, ...] = ("query", "query norm")
+OF_Z: tuple[Role, ...] = ("key", "value", "latent")
+SEPARATE: dict[str, Role] = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
+FUSED = {"Phi3Attention": "qkv_proj", "GPTNeoXAttention": "query_key_value"}
+LATENT: dict[str, Role] = {
+    "q_proj": "query",
+    "q_a_proj": "query",
+    "q_a_layernorm": "query norm",
+    "q_b_proj": "query",
+    "kv_a_proj_with_mqa": "latent",
+    "kv_a_layernorm": "latent norm",
+    "kv_b_proj": "expanded",
+}
 
 
 class _Reached(Exception):
@@ -99,17 +117,75 @@ class Switched(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shared = self._shared[0]
         if not shared.on:
-            if self.original is None:
-                raise ModelError("this SwiftKV model was saved without the original; convert the original model again")
-            return self.original(x)
-        if self.role == "query":
-            assert isinstance(self.new, nn.Linear)
+            return _the_original(self.original)(x)
+        if self.role in OF_THE_LAYER:
+            assert self.new is not None
             if shared.filling:  # nobody asks for these tokens' own output
-                return x.new_zeros(*x.shape[:-1], self.new.out_features)
+                return x.new_zeros(*x.shape[:-1], self.new.out_features) if isinstance(self.new, nn.Linear) else x
             return self.new(x)
         if self.new is not None:
-            shared.made[self.role, self.group] = self.new(x if self.role == "key norm" else shared.z)
+            shared.made[self.role, self.group] = self.new(shared.z if self.role in OF_Z else x)
         return shared.made[self.role, self.group]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a fused projection lays out queries, keys and values.
+
+    Attributes:
+        sizes: features of each.
+        heads: with so many heads, each has its query, key and value in a row (GPT-NeoX); with None, all queries come
+            first, then all keys, then all values (Phi-3).
+    """
+
+    sizes: tuple[int, int, int]
+    heads: int | None = None
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """A weight or a bias (features, ...) as those of queries, keys and values."""
+        if self.heads is None:
+            return tensor.split(list(self.sizes))
+        return tuple(part.flatten(0, 1) for part in tensor.unflatten(0, (self.heads, 3, -1)).unbind(1))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Queries, keys and values (..., features) as the fused projection gives them."""
+        if self.heads is None:
+            return torch.cat(list(parts), -1)
+        return torch.stack([part.unflatten(-1, (self.heads, -1)) for part in parts], -2).flatten(-3)
+
+
+class SwitchedFused(nn.Module):
+    """One projection for queries, keys and values: its own, or SwiftKV's, which are three.
+
+    Args:
+        original: the model's own; None in a model that was saved without it.
+        new: ``query`` and, in the first layer of a group, ``key`` and ``value``.
+        layout, shared, group: see `Layout` and `Switched`.
+    """
+
+    def __init__(
+        self, original: nn.Module | None, new: nn.ModuleDict, shared: SingleInput, *, layout: Layout, group: int
+    ) -> None:
+        super().__init__()
+        self.original, self.new = original, new
+        self.layout, self.group = layout, group
+        self._shared = (shared,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self._shared[0]
+        if not shared.on:
+            return _the_original(self.original)(x)
+        query = x.new_zeros(*x.shape[:-1], self.layout.sizes[0]) if shared.filling else self.new["query"](x)
+        if "key" in self.new:
+            shared.made["key", self.group] = self.new["key"](shared.z)
+            shared.made["value", self.group] = self.new["value"](shared.z)
+        return self.layout.join([query, shared.made["key", self.group], shared.made["value", self.group]])
+
+
+def _the_original(module: nn.Module | None) -> nn.Module:
+    if module is None:
+        raise ModelError("this SwiftKV model was saved without the original; convert the original model again")
+    return module
 
 
 def convert_swiftkv(teacher: PreTrainedModel, *, first: int, group: int = 1) -> PreTrainedModel:
@@ -119,7 +195,7 @@ def convert_swiftkv(teacher: PreTrainedModel, *, first: int, group: int = 1) -> 
     ``first``'s, the keys and values of a group as the mean of its layers'.
 
     Args:
-        teacher: a causal language model of ``transformers`` with ``q_proj``, ``k_proj`` and ``v_proj``.
+        teacher: a causal language model of ``transformers`` of one of the kinds above.
         first: l, layers that keep their own keys and values: from 1 to all (then nothing changes).
         group: layers that share one pair; 1 gives each its own. The last group may be smaller.
 
@@ -347,18 +423,43 @@ def _is_new(name: str) -> bool:
     return name.startswith("swiftkv.") or ".new." in name
 
 
+def projections(attention: nn.Module, group: int) -> dict[str, Role]:
+    """The parts of an attention that SwiftKV has new ones for, by name, and what each gives.
+
+    Raises:
+        ModelError: an attention of another kind.
+    """
+    parts = dict(attention.named_children())
+    kind = type(attention).__name__
+    if isinstance(parts.get(FUSED.get(kind, "")), nn.Linear):
+        return {FUSED[kind]: "fused"}
+    if "kv_a_proj_with_mqa" in parts and parts.keys() <= {*LATENT, "o_proj"}:
+        return {name: role for name, role in LATENT.items() if name in parts}
+    if all(isinstance(parts.get(name), nn.Linear) for name in SEPARATE):
+        return {**SEPARATE, "k_norm": "key norm"} if group > 1 and "k_norm" in parts else dict(SEPARATE)
+    raise ModelError(
+        f"{kind} has none of the projections that SwiftKV can be put into; use a decoder with q_proj, k_proj and "
+        "v_proj (Llama, Qwen2, Qwen3, Mistral), a Phi-3, a GPT-NeoX, a DeepSeek-V2 or a DeepSeek-V3"
+    )
+
+
+def _layout(attention: Any) -> Layout:
+    fused = getattr(attention, FUSED[type(attention).__name__])
+    if isinstance(fused, SwitchedFused):
+        return fused.layout
+    output = getattr(attention, "o_proj", None) or attention.dense
+    query = output.in_features
+    pair = (fused.out_features - query) // 2
+    interleaved = type(attention).__name__ == "GPTNeoXAttention"
+    return Layout((query, pair, pair), query // attention.head_size if interleaved else None)
+
+
 def _check(model: Any, paths: list[str], first: int, group: int) -> None:
     count = len(paths)
     if not 1 <= first <= count or group < 1:
         raise ModelError(f"first={first}, group={group}: first must be from 1 to {count} layers, group at least 1")
     for path in paths[first:]:
-        attention = model.get_submodule(path)
-        missing = [name for name in PROJECTIONS.values() if not isinstance(getattr(attention, name, None), nn.Linear)]
-        if missing:
-            raise ModelError(
-                f"{type(attention).__name__} has no projection {missing[0]}, so SwiftKV cannot be put into it; use a "
-                "decoder such as a Llama, Qwen2, Qwen3 or Mistral"
-            )
+        projections(model.get_submodule(path), group)
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     if len(set(kinds[first:])) > 1:
         raise ModelError(
@@ -377,11 +478,17 @@ def _put_swiftkv(model: Any, swiftkv: Mapping[str, Any]) -> None:
     for index in range(first, len(layers)):
         attention, number = model.get_submodule(paths[index]), (index - first) // group
         leads = (index - first) % group == 0
-        roles = {**PROJECTIONS, "key norm": "k_norm"} if group > 1 and hasattr(attention, "k_norm") else PROJECTIONS
-        for role, name in roles.items():
+        for name, role in projections(attention, group).items():
             own = getattr(attention, name)
-            new = copy.deepcopy(own) if role == "query" or leads else None
-            switched = Switched(own if keep else None, new, model.swiftkv, role=role, group=number)
+            kept = own if keep else None
+            if role == "fused":
+                layout = _layout(attention)
+                roles = ("query", "key", "value") if leads else ("query",)
+                new = nn.ModuleDict({part: _like(own, size) for part, size in zip(roles, layout.sizes, strict=False)})
+                switched: nn.Module = SwitchedFused(kept, new, model.swiftkv, layout=layout, group=number)
+            else:
+                own_copy = copy.deepcopy(own) if role in OF_THE_LAYER or leads else None
+                switched = Switched(kept, own_copy, model.swiftkv, role=role, group=number)
             setattr(attention, name, switched)
     if first < len(layers):
         layers[first].register_forward_pre_hook(model.swiftkv.enter, with_kwargs=True)
@@ -394,15 +501,42 @@ def _beginnings(teacher: Any, paths: list[str], first: int, group: int) -> dict[
     found = {f"swiftkv.norm.{name}": tensor.clone() for name, tensor in norm.state_dict().items()}
     for start in range(first, len(paths), group):
         together = [teacher.get_submodule(path) for path in paths[start : start + group]]
-        for name in ("k_proj", "v_proj", *(["k_norm"] if group > 1 and hasattr(together[0], "k_norm") else [])):
-            states = [getattr(attention, name).state_dict() for attention in together]
-            for part in states[0]:
-                mean = torch.stack([state[part] for state in states]).mean(0)
-                found[f"{paths[start]}.{name}.new.{part}"] = mean
-    for path in paths[first:]:
-        state = teacher.get_submodule(path).q_proj.state_dict()
-        found |= {f"{path}.q_proj.new.{part}": tensor.clone() for part, tensor in state.items()}
+        parts = [_parts(attention, group) for attention in together]
+        for offset, own in enumerate(parts):
+            for (name, role), state in own.items():
+                if role in OF_THE_LAYER:
+                    beginning = {part: tensor.clone() for part, tensor in state.items()}
+                elif offset:
+                    continue
+                else:
+                    alike = [other[name, role] for other in parts]
+                    beginning = {part: torch.stack([one[part] for one in alike]).mean(0) for part in state}
+                inner = f"{name}.new.{role}" if name in FUSED.values() else f"{name}.new"
+                found |= {f"{paths[start + offset]}.{inner}.{part}": tensor for part, tensor in beginning.items()}
     return found
+
+
+def _parts(attention: Any, group: int) -> dict[tuple[str, Role], dict[str, Tensor]]:
+    """The tensors of an attention's projections by name and role, a fused one cut into three."""
+    found: dict[tuple[str, Role], dict[str, Tensor]] = {}
+    for name, role in projections(attention, group).items():
+        state = getattr(attention, name).state_dict()
+        if role != "fused":
+            found[name, role] = state
+            continue
+        cut = {part: _layout(attention).split(tensor) for part, tensor in state.items()}
+        roles: tuple[Role, ...] = ("query", "key", "value")
+        for index, one in enumerate(roles):
+            found[name, one] = {part: tensors[index] for part, tensors in cut.items()}
+    return found
+
+
+def _like(linear: nn.Linear, features: int) -> nn.Linear:
+    """A linear map with the input, bias, type and device of another."""
+    weight = linear.weight
+    return nn.Linear(
+        linear.in_features, features, bias=linear.bias is not None, device=weight.device, dtype=weight.dtype
+    )
 
 
 @torch.no_grad()

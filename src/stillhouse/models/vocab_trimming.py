@@ -19,6 +19,7 @@ import torch
 from stillhouse.base.errors import ModelError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
 def used_tokens(tokenizer: Any, texts: Sequence[Iterable[str]], *, threshold: float = 1e-6) -> set[int]:
@@ -124,12 +125,16 @@ def _renumbered(part: Any, new: dict[int, int]) -> Any:
 def cut_down(model: Any, old_ids: torch.Tensor, *, layers: Sequence[int], tokenizer: Any) -> Any:
     """A model with the rows ``old_ids`` of its vocabulary and some of its layers (counted from 0), in that order.
 
-    Width, heads and everything else are copied. ``tokenizer`` is the trimmed one: it says where the special tokens are.
+    Width, heads and everything else are copied; there is no dropout. ``tokenizer``, the trimmed one, says where the
+    special tokens are.
     """
     config = copy.deepcopy(model.config)
     size, config.vocab_size, config.num_hidden_layers = model.config.vocab_size, len(old_ids), len(layers)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
     with torch.random.fork_rng(devices=[]):
         made = type(model)(config)
     source = model.state_dict()

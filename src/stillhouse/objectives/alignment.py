@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stillhouse.core.objective import Term, TermValue
 from stillhouse.core.observed import Batch
@@ -42,8 +43,9 @@ class ExtrapolatedTeacher(Term):
     Args:
         student, plus, minus: output heads of the policy, of the model to follow and of the one to leave.
         how: see `Extrapolation`.
-        shifted: weigh the places that predict a response's tokens; off: the places of these tokens, as the authors'
-            off-policy code does.
+        shifted: weigh the places that predict a response's tokens; off: the places of these tokens, each of which
+            predicts the next one, as the authors' off-policy code does: the first prediction is left out, and what
+            would follow the last token counts.
     """
 
     def __init__(
@@ -66,15 +68,14 @@ class ExtrapolatedTeacher(Term):
 
     def compute(self, *, batch: Batch, progress: Progress, **tensors: Tensor) -> Tensor:
         rows = len(batch["input_ids"])
+        at_BT = batch["loss_mask"].bool()  # unshifted, of all places: no row may depend on how long another is
         if self.shifted:
-            at_BT, _, row_N = response_tokens(batch)
-        else:
-            at_BT = batch["loss_mask"][:, :-1].bool()
-            row_N = at_BT.nonzero()[:, 0]
+            at_BT = F.pad(response_tokens(batch)[0], (0, 1))
+        row_N = at_BT.nonzero()[:, 0]
         parts = []
         for head, prefix in zip(self.heads, ("student", "plus", "minus"), strict=True):
-            hidden_BTD, layer = opened(head, prefix, tensors)
-            parts.append((hidden_BTD[at_BT], layer_of(layer)))
+            _, layer = opened(head, prefix, tensors)
+            parts.append((tensors[f"{prefix}_hidden"][at_BT], layer_of(layer)))
         weight_N = per_response(row_N, rows)
         student, plus, minus = parts
         result = linear_extrapolated_kl(
@@ -95,8 +96,10 @@ class ExtrapolatedTeacher(Term):
 class SequenceReward(Term):
     """The same two models as one reward a response, R = beta0 log pi_plus(y) / pi_minus(y): the ablation.
 
-    Minimises (1/|y|) [-(R - mean R) log pi(y) + beta KL(pi || pi_plus)]: the likelihood-ratio gradient of RLHF with
-    that reward. ``how`` must have a fixed alpha, beta = beta0 / alpha. Responses must be the policy's own.
+    Minimises (1/|y|) [-(R - mean R) log pi(y) + beta KL(pi || pi_origin)]: the likelihood-ratio gradient of RLHF with
+    that reward and the reference that ``how.origin`` names, as for single tokens: pi_plus if pi_minus is a reverse
+    model, pi_minus if that is the reference. ``how`` must have a fixed alpha, beta = beta0 / alpha. Responses must be
+    the policy's own.
     """
 
     def __init__(
@@ -129,19 +132,20 @@ class SequenceReward(Term):
         reward_B = self.how.beta0 * sums_by_row(plus_N - minus_N, row_N, rows).detach()
         weight_N = per_response(row_N, rows)
         gradient = -((reward_B - reward_B.mean())[row_N] * logp_N * weight_N).sum()
-        student, plus = layer_of(found[0][1]), layer_of(found[1][1])
+        origin = 1 if self.how.origin == "plus" else 2
+        student, reference = layer_of(found[0][1]), layer_of(found[origin][1])
         kl = linear_divergence(
             hidden[0],
             student.weight,
-            hidden[1],
-            plus.weight,
+            hidden[origin],
+            reference.weight,
             divergence=ReverseKL(),
             student_bias_V=student.bias,
-            teacher_bias_V=plus.bias,
+            teacher_bias_V=reference.bias,
             student_logit_scale=student.scale,
-            teacher_logit_scale=plus.scale,
+            teacher_logit_scale=reference.scale,
             student_softcap=student.softcap,
-            teacher_softcap=plus.softcap,
+            teacher_softcap=reference.softcap,
             weight_N=weight_N,
             reduction="sum",
         ).loss

@@ -49,7 +49,9 @@ class RankedGuesses(Term):
     Args:
         guesser: logits (B, V) that the guesses are drawn from: the student's own.
         ranking: of the best and the worst guess, ``pairwise`` (Bradley-Terry) or ``dpo``; of all of them ``rrhf`` or
-            ``pro``, with the cross-entropy of the best beside it, as both papers have.
+            ``pro``. Beside these two stands the cross-entropy of the best guess, as in their papers: with weight 1 for
+            RRHF (Yuan et al., 2023, arXiv 2304.05302, eq. 5), 0.05 (K - 1)^2 for PRO (Song et al., 2023, arXiv
+            2306.17492, section 4).
         guesses: K.
         reference: logits of the model that DPO starts from.
         beta: of DPO.
@@ -95,8 +97,10 @@ class RankedGuesses(Term):
             return dpo_loss(better_B, worse_B, *of(start_BK), beta=self.beta).mean()
         # Feedback is an order: what is told of a guess is its rank.
         rank_BK = reward_BK.argsort(1).argsort(1).float()
-        loss_B = (rrhf_loss if self.ranking == "rrhf" else pro_loss)(logp_BK, rank_BK)
-        return (loss_B - better_B).mean()
+        if self.ranking == "rrhf":
+            return (rrhf_loss(logp_BK, rank_BK) - better_B).mean()
+        imitation = 0.05 * (guess_BK.shape[1] - 1) ** 2
+        return (pro_loss(logp_BK, rank_BK) - imitation * better_B).mean()
 
 
 class ExpectedReward(Term):

@@ -9,7 +9,7 @@ from torch import Tensor
 from stillhouse.core.objective import Objective, Sum
 from stillhouse.core.observed import Observed
 from stillhouse.losses.divergences import ForwardKL
-from stillhouse.models.demonstration_distiller import WithDemonstrations, WithVectors
+from stillhouse.models.demonstration_distiller import readers_of
 from stillhouse.objectives.logits import CrossEntropy, LogitMatch
 
 
@@ -17,9 +17,10 @@ def readers(lm: Any) -> tuple[Observed, Observed]:
     """One model twice, none of its weights trained: as it reads demonstrations, without gradient, and as it reads
     vectors, with a gradient to these."""
     lm.requires_grad_(False)
+    demonstrations, vectors = readers_of(lm)
     return (
-        Observed(WithDemonstrations(lm), frozen=True, name="with demonstrations"),
-        Observed(WithVectors(lm), mode="eval", name="with vectors"),
+        Observed(demonstrations, frozen=True, name="with demonstrations"),
+        Observed(vectors, mode="eval", name="with vectors"),
     )
 
 
@@ -29,16 +30,19 @@ def as_with_demonstrations(
     """``labels`` cross-entropy of the answer + ``kl`` KL(with the demonstrations || with the distiller's vectors).
 
     The KL is the mean over all tokens of question and answer (``attention_mask``), the cross-entropy over
-    ``targets`` (B, T - 1). A weight of 0 leaves its term out.
+    ``targets`` (B, T - 1). With an encoder and a decoder both are over what the decoder writes (``answer_mask``,
+    ``targets`` (B, Y)). A weight of 0 leaves its term out.
     """
     teacher, reader = readers(lm)
     logits = reader.view("vectors", feed={"vectors": distiller.output()}).output()
     terms: list[Objective] = []
+    writes = lm.config.is_encoder_decoder
     if labels:
-        terms.append(labels * CrossEntropy(logits.map(_but_last), target="targets"))
+        terms.append(labels * CrossEntropy(logits if writes else logits.map(_but_last), target="targets"))
     if kl:
         divergence = ForwardKL(temperature=temperature)
-        terms.append(kl * LogitMatch(logits, teacher.output(), divergence, weight="attention_mask", name="KL"))
+        weight = "answer_mask" if writes else "attention_mask"
+        terms.append(kl * LogitMatch(logits, teacher.output(), divergence, weight=weight, name="KL"))
     return Sum(terms) if len(terms) > 1 else terms[0]
 
 

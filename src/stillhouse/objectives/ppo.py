@@ -31,8 +31,8 @@ class ClippedPolicy(Term):
     """-min(rho A, clip(rho) A) with an advantage for every token, and perhaps a penalty towards the initial policy.
 
     Logs what tells an unstable run: reward, length, ``kl`` to the initial policy, ``staleness`` (KL of the policy that
-    wrote the batch to the one that learns), and the share of tokens that are ``clipped``. All KLs are means per token,
-    estimated on the batch (k3).
+    wrote the batch to the one that learns), the share of tokens that are ``clipped``, and the ``round`` of rollouts.
+    All KLs are means per token, estimated on the batch (k3).
 
     Args:
         student: output head of the actor.
@@ -72,6 +72,8 @@ class ClippedPolicy(Term):
             values.append(TermValue("KL", penalty, self.at(self.kl, progress)))
         with torch.no_grad():
             log_rollouts(self, batch)
+            if "round" in batch:
+                self.log("round", float(batch["round"]))
             rho_N = torch.exp(logp_N - batch["old_logp"])
             self.log("kl", kl_to_reference(logp_N, batch["ref_logp"]).mean())
             self.log("staleness", kl_to_reference(batch["old_logp"], logp_N).mean())

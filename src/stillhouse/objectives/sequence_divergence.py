@@ -16,7 +16,7 @@ from stillhouse.core.schedule import Progress
 from stillhouse.data.responses import response_tokens
 from stillhouse.losses.divergences import ReverseKL
 from stillhouse.losses.linear_divergence import linear_divergence
-from stillhouse.losses.policy_gradient import later_in_row
+from stillhouse.losses.policy_gradient import clipped_surrogate, later_in_row
 from stillhouse.losses.token_logprobs import token_logprobs
 from stillhouse.objectives.language import LanguageHead
 from stillhouse.objectives.responses import opened
@@ -26,14 +26,19 @@ class SequenceReverseKL(Term):
     """KL(student || teacher) of responses that the student wrote (MiniLLM, Gu et al., 2024, arXiv 2306.08543, eq. 8).
 
     The gradient is split in two: ``SingleStep``, the exact reverse KL of every token's distribution, and ``Long``, the
-    policy gradient -w R grad log q(y_t) with R the mean of log p/q over the tokens after y_t. Both are averages over
+    policy gradient with R, the mean of log p/q over the tokens after y_t, as its reward: -w min(rho R, clip(rho) R)
+    with rho = q / q_old (algorithm 1 there, with PPO's sign; 1 on text that was just written). Both are averages over
     the batch's response tokens.
+
+    Text that the student wrote a while ago comes with ``old_logp``, log q_old, and ``gain``, log p/q_old, both (N) and
+    as it was written: R and w are from then, as in the authors' code.
 
     Args:
         student, teacher: output heads.
         teacher_share: of the mixture ``(1 - share) q + share p`` that the tokens were drawn from; each is weighed by
             w = q / mixture, the paper's approximation of the whole prefix's ratio.
         length_normalised: R is the mean over what comes after; if not, the sum (the exact gradient, where share is 0).
+        clip: rho beyond 1 +- this moves nothing where the reward wants it further; None: it always does.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class SequenceReverseKL(Term):
         *,
         teacher_share: float = 0.2,
         length_normalised: bool = True,
+        clip: float | None = 0.2,
         vocab_size: int | None = None,
         name: str = "SingleStep",
     ) -> None:
@@ -50,6 +56,7 @@ class SequenceReverseKL(Term):
         self.heads = (student, teacher)
         self.teacher_share = teacher_share
         self.length_normalised = length_normalised
+        self.clip = {"clip_low": 1.0, "clip_high": math.inf} if clip is None else {"clip_low": clip, "clip_high": clip}
         self.vocab_size = vocab_size
 
     def compute(self, *, batch: Batch, progress: Progress, **tensors: Tensor) -> list[TermValue]:
@@ -59,10 +66,14 @@ class SequenceReverseKL(Term):
         hidden_ND, target_NE = student_BTD[at_BT], teacher_BTE[at_BT]
         logp_N = token_logprobs(hidden_ND, student, label_N)
         with torch.no_grad():
-            gain_N = token_logprobs(target_NE, teacher, label_N) - logp_N  # log p / q
+            if "old_logp" in batch:
+                old_N, gain_N = batch["old_logp"], batch["gain"]
+            else:
+                old_N, gain_N = logp_N.detach(), token_logprobs(target_NE, teacher, label_N) - logp_N
             weight_N = self._weights(gain_N)
             later_N, count_N = later_in_row(gain_N, row_N)
             R_N = later_N / count_N.clamp(min=1) if self.length_normalised else later_N
+        long_N = clipped_surrogate(logp_N, old_N, R_N, **self.clip)
         single = linear_divergence(
             hidden_ND,
             student.weight,
@@ -80,12 +91,13 @@ class SequenceReverseKL(Term):
             reduction="sum",
         )
         tokens = max(1, len(label_N))
-        self.log("kl", -gain_N.sum() / tokens)
-        self.log("weight", weight_N.sum() / tokens)
-        return [
-            TermValue(self.name, single.loss / tokens),
-            TermValue("Long", -(weight_N * R_N * logp_N).sum() / tokens),
-        ]
+        with torch.no_grad():
+            rho_N = torch.exp(logp_N - old_N)
+            outside_N = (rho_N < 1 - self.clip["clip_low"]) | (rho_N > 1 + self.clip["clip_high"])
+            self.log("kl", (logp_N - old_N - gain_N).sum() / tokens)
+            self.log("weight", weight_N.sum() / tokens)
+            self.log("clipped", outside_N.sum() / tokens)
+        return [TermValue(self.name, single.loss / tokens), TermValue("Long", (weight_N * long_N).sum() / tokens)]
 
     def _weights(self, gain_N: Tensor) -> Tensor:
         """q / ((1 - share) q + share p), from log p / q."""

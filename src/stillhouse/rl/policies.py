@@ -203,6 +203,115 @@ class PolicySource:
         self.chooser.load_state_dict(state["chooser"])
 
 
+class ReusedText:
+    """Own text in rounds: the student writes some batches as it stands, and then learns from them several times.
+
+    Each time the rows of a round are dealt out anew. What ``note`` says of every response token when it was written
+    goes along: a policy gradient needs the probability it had then. Rounds that are not used up are part of the state.
+
+    Args:
+        source: writes a batch at each turn.
+        note: values by name for the response tokens of a batch, each (N).
+        batches: in a round.
+        times: each row is used.
+        beside: batches of text that every batch has as ``text``.
+    """
+
+    def __init__(
+        self,
+        source: PolicySource,
+        note: Callable[[dict[str, Any]], Mapping[str, torch.Tensor]],
+        *,
+        batches: int,
+        times: int,
+        beside: Batches | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source = source
+        self.note = note
+        self.batches = batches
+        self.times = times
+        self.beside = beside
+        self.seed = seed
+        self._round = 0
+        self._rows: list[Row] = []
+        self._noted: list[dict[str, torch.Tensor]] = []  # of each row
+        self._queue: list[list[int]] = []
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the data that the prompts come from."""
+        return self.source.epoch
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        return self.source.shard
+
+    @shard.setter
+    def shard(self, value: tuple[int, int]) -> None:
+        self.source.shard = value
+        if self.beside is not None:
+            self.beside.shard = value
+
+    def __next__(self) -> dict[str, Any]:
+        if not self._queue:
+            self._write()
+        places = self._queue.pop(0)
+        noted = {name: torch.cat([self._noted[place][name] for place in places]) for name in self._noted[places[0]]}
+        own_B = torch.ones(len(places))
+        return {
+            **pack_rows([self._rows[place] for place in places], self.source.pad),
+            **noted,
+            "own": own_B,
+            "given": 1 - own_B,
+            **({} if self.beside is None else {"text": next(self.beside)}),
+        }
+
+    def _write(self) -> None:
+        """One round."""
+        self._rows, self._noted = [], []
+        for _ in range(self.batches):
+            batch = next(self.source)
+            rows = rows_of(batch)
+            lengths = [len(response) for _, response in rows]
+            parts = {name: values_N.split(lengths) for name, values_N in self.note(batch).items()}
+            self._rows += rows
+            self._noted += [{name: part[at].clone() for name, part in parts.items()} for at in range(len(rows))]
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self._round) % 2**63)
+        self._round += 1
+        for _ in range(self.times):
+            order = torch.randperm(len(self._rows), generator=generator)
+            self._queue += [part.tolist() for part in order.chunk(self.batches)]
+
+    def state_dict(self) -> dict[str, Any]:
+        left = zip(self._rows, self._noted, strict=True) if self._queue else ()
+        return {
+            "round": self._round,
+            "source": self.source.state_dict(),
+            "beside": None if self.beside is None else self.beside.state_dict(),
+            "queue": self._queue,
+            "rows": [[list(prompt), list(response), noted] for (prompt, response), noted in left],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._round = state["round"]
+        self.source.load_state_dict(state["source"])
+        if self.beside is not None:
+            self.beside.load_state_dict(state["beside"])
+        self._queue = [list(part) for part in state["queue"]]
+        self._rows = [(list(prompt), list(response)) for prompt, response, _ in state["rows"]]
+        self._noted = [dict(noted) for *_, noted in state["rows"]]
+
+
+def rows_of(batch: Mapping[str, Any]) -> list[Row]:
+    """The prompts and responses of a batch that `pack_rows` made."""
+    ends, counts = batch["attention_mask"].sum(-1).tolist(), batch["loss_mask"].sum(-1).tolist()
+    return [
+        (ids[: end - count].tolist(), ids[end - count : end].tolist())
+        for ids, end, count in zip(batch["input_ids"], ends, counts, strict=True)
+    ]
+
+
 def prompts_of(batch: Mapping[str, Any], prompt: int) -> list[list[int]]:
     """The prompts of a batch: the first ``prompt`` tokens of plain text; of conversations all before a response."""
     rows: Sequence[torch.Tensor] = batch["input_ids"]

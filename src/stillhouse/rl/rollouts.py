@@ -45,8 +45,9 @@ class RolloutSource:
     """A resumable stream of batches written by a live policy.
 
     Every round takes the next ``prompts`` problems, lets ``sampler`` write ``group`` responses to each, judges them,
-    and yields the rollouts: all in one batch, or in ``minibatches`` of it, ``epochs`` times over. A batch is drawn
-    between two steps, so the sampler sees the weights as they are then.
+    and yields the rollouts: all in one batch, or in ``minibatches`` of it (fewer where they do not come out even),
+    ``epochs`` times over. ``batch["round"]`` counts the rounds. A batch is drawn between two steps, so the sampler sees
+    the weights as they are then.
 
     What is random depends on the seed and the number of the round only, and batches that are still to come from a round
     are part of the state: a resumed run goes on with the very same rollouts.
@@ -117,7 +118,7 @@ class RolloutSource:
     def __next__(self) -> dict[str, Any]:
         if not self._queue:
             self._collect()
-        return self.collate([self._rollouts[place] for place in self._queue.pop(0)])
+        return {**self.collate([self._rollouts[place] for place in self._queue.pop(0)]), "round": self._round}
 
     def _collect(self) -> None:
         """One round."""

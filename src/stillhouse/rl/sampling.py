@@ -75,6 +75,7 @@ class LiveSampler:
         sharded: wrappers (FSDP2) that must be gathered first.
         teacher, teacher_share: another causal LM of the same vocabulary, and its share of the distribution every token
             is drawn from (MiniLLM's mixed sampling).
+        accept: with a teacher, speculative KD's sampling instead: see `TeacherCorrects`.
     """
 
     model: Any
@@ -87,6 +88,7 @@ class LiveSampler:
     sharded: Sequence[nn.Module] = ()
     teacher: Any = None
     teacher_share: float = 0.0
+    accept: int | None = None
     beams: int = 1
 
     def sample(self, prompts: Sequence[str], *, n: int, seed: int) -> list[list[Response]]:
@@ -115,7 +117,9 @@ class LiveSampler:
         sampling = self.temperature > 0 and self.beams == 1
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if sampling else {}
         mixing = LogitsProcessorList()
-        if self.teacher is not None:
+        if self.teacher is not None and self.accept is not None:
+            mixing.append(TeacherCorrects(self.teacher, self.accept, mask_BT, self.temperature))
+        elif self.teacher is not None:
             mixing.append(TeacherMixture(self.teacher, self.teacher_share, mask_BT, self.temperature))
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
@@ -172,8 +176,28 @@ class TeacherMixture:
         teacher_BV = (read.logits[:, -1, :V].float() / self.temperature).softmax(-1)
         mixed_BV = torch.full_like(scores_BV, -torch.inf, dtype=torch.float32)
         # What follows divides by the temperature again.
-        mixed_BV[:, :V] = torch.lerp(student_BV, teacher_BV, self.share).log() * self.temperature
+        mixed_BV[:, :V] = self._mixed(student_BV, teacher_BV).log() * self.temperature
         return mixed_BV
+
+    def _mixed(self, student_BV: Tensor, teacher_BV: Tensor) -> Tensor:
+        return torch.lerp(student_BV, teacher_BV, self.share)
+
+
+class TeacherCorrects(TeacherMixture):
+    """A logits processor: the student draws every token, and what is not among the teacher's ``accept`` likeliest the
+    teacher draws anew (speculative KD, Xu et al., 2024, arXiv 2410.11325, algorithm 1).
+
+    Put together, a token comes from q on the accepted ones plus (1 - their mass) p, and is drawn from that at once.
+    """
+
+    def __init__(self, teacher: Any, accept: int, mask_BT: Tensor, temperature: float) -> None:
+        super().__init__(teacher, 0.0, mask_BT, temperature)
+        self.accept = accept
+
+    def _mixed(self, student_BV: Tensor, teacher_BV: Tensor) -> Tensor:
+        likeliest_BK = teacher_BV.topk(min(self.accept, teacher_BV.shape[-1]), -1).indices
+        accepted_BV = torch.zeros_like(student_BV).scatter(-1, likeliest_BK, student_BV.gather(-1, likeliest_BK))
+        return accepted_BV + (1 - accepted_BV.sum(-1, keepdim=True)).clamp(min=0) * teacher_BV
 
 
 class _Text(BaseModel):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stillhouse.base.errors import ConfigError
@@ -31,9 +32,11 @@ from stillhouse.models.sparse_masks import (
 )
 from stillhouse.models.text_classifier import load_text_classifier, text_tokenizer
 from stillhouse.models.vocab_trimming import cut_down, inherited_layers, trim_tokenizer, used_tokens
+from stillhouse.models.width_reduction import narrowed, sampled_states, top_directions
 from stillhouse.models.word_replacement import load_word_model
 from stillhouse.objectives.encoders import LatentMatch, SoftTargets
 from stillhouse.objectives.logits import CrossEntropy
+from stillhouse.objectives.projected_match import ProjectedMatch
 from stillhouse.objectives.regression import SquaredError
 from stillhouse.tasks.text_classification import (
     DEMO,
@@ -49,16 +52,23 @@ from stillhouse.tasks.text_classification import (
 
 DEMO_LANGUAGES = 4
 OLD_IDS = "old-ids.json"
+DIRECTIONS = "directions.safetensors"
+STATES = 4  # sampled for every dimension of the teacher
 
 
 def language_text(source: str) -> list[str]:
     """Unlabelled text of one language: ``demo:N`` is the embedded language N, else what `general_text` reads."""
-    if not source.startswith(f"{DEMO}:"):
+    if source.partition(":")[0] != DEMO:
         return general_text(source)
+    return demo_sentences(language_number(source), DEMO_LANGUAGES)
+
+
+def language_number(source: str) -> int:
+    """Which of the embedded languages ``demo:N`` is."""
     number = source.partition(":")[2]
     if number not in map(str, range(DEMO_LANGUAGES)):
         raise ConfigError(f"texts: {source!r}: the embedded languages are demo:0 to demo:{DEMO_LANGUAGES - 1}")
-    return demo_sentences(int(number), DEMO_LANGUAGES)
+    return int(number)
 
 
 @dataclass(frozen=True)
@@ -73,10 +83,14 @@ class Lottery:
 
 @dataclass
 class BilingualTask(TextClassificationTask):
-    """A `TextClassificationTask` whose labels are of one language, with text of several and a test of another."""
+    """A `TextClassificationTask` whose labels are of one language, with text of several and a test of another.
+
+    ``directions``: of a narrower student, those in which it sees the teacher's hidden states, from the embeddings up.
+    """
 
     texts: tuple[list[str], ...] = ()
     target: Labelled | None = None
+    directions: tuple[Tensor, ...] = ()
 
     @staticmethod
     def prepare_languages(
@@ -89,13 +103,14 @@ class BilingualTask(TextClassificationTask):
         if set(demo) != {system.data == DEMO}:
             raise ConfigError(f"data={system.data}: texts and target_data must be your own with it, or all be demo's")
         if system.data == DEMO:
+            spoken, understood = map(language_number, texts[:2])
             encoder = yield demo_encoder(system.demo_steps, languages=DEMO_LANGUAGES)
-            train, validation = demo_labelled(0, DEMO_LANGUAGES)
+            train, validation = demo_labelled(spoken, DEMO_LANGUAGES)
             train, selection = train.held_out(system.selection)
             train = train if system.train_size is None else train.few(system.train_size, seed=system.seed)
             name = str(encoder.path)
             task = TextClassificationTask(system, run, name, text_tokenizer(name), train, selection, validation)
-            target: Labelled = demo_labelled(DEMO_LANGUAGES - 1, DEMO_LANGUAGES)[1]
+            target: Labelled = demo_labelled(understood, DEMO_LANGUAGES)[1]
         else:
             task = yield from TextClassificationTask.prepare(system, run)
             alone, tested = load_labelled(
@@ -184,15 +199,30 @@ class BilingualTask(TextClassificationTask):
 
     def small(self, start: Artifact) -> BilingualTask:
         """The same task for a student with a vocabulary of its own."""
-        return replace(self, encoder=str(start.path), tokenizer=text_tokenizer(str(start.path)))
+        name = str(start.path)
+        return replace(
+            self, encoder=name, tokenizer=text_tokenizer(name), directions=read_directions(start.path / DIRECTIONS)
+        )
 
-    def cut(self, factor: int, which: str, threshold: float, context: Context) -> None:
-        """The student to begin with: fewer tokens, fewer layers; its tokenizer and the old ids beside it."""
+    def cut(
+        self,
+        factor: int,
+        width: int,
+        which: str,
+        threshold: float,
+        differences: Sequence[SparseDifference],
+        context: Context,
+    ) -> None:
+        """The student to begin with: fewer tokens, fewer layers, narrower; its tokenizer and the old ids beside it."""
         keep = used_tokens(self.tokenizer, self.texts, threshold=threshold)
         tokenizer, old = trim_tokenizer(self.tokenizer, keep)
         teacher = self.new_classifier()
         layers = inherited_layers(teacher.config.num_hidden_layers, factor, which=which)
         student = cut_down(teacher, old, layers=layers, tokenizer=tokenizer)
+        seen: list[Tensor] = []
+        if width > 1:
+            student = narrowed(student, width, seed=self.system.seed)
+            seen = self.seen_directions(teacher, differences, student.config.hidden_size)
         context.results = {
             "tokens": len(old),
             "tokens_before": len(self.tokenizer),
@@ -203,8 +233,31 @@ class BilingualTask(TextClassificationTask):
         def save(model: Any, folder: Path) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if seen:
+                save_file({str(layer): one.contiguous() for layer, one in enumerate(seen)}, folder / DIRECTIONS)
 
         context.save(student, saver=save, files={OLD_IDS: old.tolist()})
+
+    def seen_directions(self, teacher: Any, differences: Sequence[SparseDifference], width: int) -> list[Tensor]:
+        """The first ``width`` right singular vectors of the teacher's states on text of all languages, for each layer.
+
+        From some tokens of every piece of text, the teacher adapted to its language. One set serves both phases: with
+        vectors of its own the task phase would turn what the student has learnt in the general one.
+        """
+        teacher = teacher.to(self.run.fabric.device).eval()
+        generator = torch.Generator().manual_seed(self.system.seed)
+        rows = [self.pieces(text) for text in self.texts]
+        count = -(-STATES * teacher.config.hidden_size // sum(len(one) for one in rows))
+        found: list[list[Tensor]] = [[] for _ in range(teacher.config.num_hidden_layers + 1)]
+        for number, one in enumerate(rows):
+            with applied(teacher, *([differences[number]] if differences else [])):
+                for at in range(0, len(one), 64):
+                    batch = self.run.fabric.to_device(one[list(range(at, min(at + 64, len(one))))])
+                    for states, new in zip(
+                        found, sampled_states(teacher, batch, count=count, generator=generator), strict=True
+                    ):
+                        states.append(new)
+        return [top_directions(torch.cat(states), width) for states in found]
 
     def reading(self, model: nn.Module, old: Tensor, differences: Sequence[SparseDifference] = ()) -> Observed:
         """A frozen teacher that reads a student's tokens under its own ids, adapted to the language of the batch."""
@@ -244,7 +297,7 @@ class BilingualTask(TextClassificationTask):
             fresh = AutoModelForMaskedLM.from_config(config)
             return small.finetune("general", fresh, words, source=Alternating(masked), **options)
         teacher = self.reading(self.new_classifier(), read_ids(start), differences)
-        match = lambda model: inner_match(model, teacher)  # noqa: E731
+        match = lambda model: inner_match(model, teacher, small.directions)  # noqa: E731
         source = Alternating([small.source(one) for one in rows])
         return small.finetune("general", small.new_classifier(), match, source=source, **options)
 
@@ -258,7 +311,7 @@ class BilingualTask(TextClassificationTask):
                 if self.classes
                 else SquaredError(*outputs)
             )
-            return inner_match(student, teacher) + soft.named("Soft")
+            return inner_match(student, teacher, self.directions) + soft.named("Soft")
 
         return objective
 
@@ -287,11 +340,15 @@ class BilingualTask(TextClassificationTask):
         return Table("Zero-shot transfer", columns, rows)
 
 
-def inner_match(student: Observed, teacher: Observed) -> LatentMatch:
-    """Attention probabilities and hidden states, the mean over layers each, without a map."""
-    return LatentMatch(
-        student, teacher, project=False, attention="probabilities", padding="left out", average=True, name="Inner"
-    )
+def inner_match(student: Observed, teacher: Observed, directions: Sequence[Tensor] = ()) -> LatentMatch:
+    """Attention probabilities and hidden states, the mean over layers each.
+
+    Without a map, or the teacher's states along ``directions`` where it is wider.
+    """
+    options: dict[str, Any] = {"attention": "probabilities", "padding": "left out", "average": True, "name": "Inner"}
+    if directions:
+        return ProjectedMatch(student, teacher, directions, **options)
+    return LatentMatch(student, teacher, project=False, **options)
 
 
 def read_ids(start: Artifact) -> Tensor:
@@ -299,9 +356,34 @@ def read_ids(start: Artifact) -> Tensor:
     return torch.tensor(start.json(OLD_IDS))
 
 
-def begin(task: BilingualTask, *, reduction: int, layers: str, threshold: float) -> Transform:
-    """The stage that trims the vocabulary and takes layers away."""
-    return Transform("start", partial(task.cut, reduction, layers, threshold))
+def read_directions(file: Path) -> tuple[Tensor, ...]:
+    """The directions in which a narrower student sees its teacher; none where it is as wide."""
+    if not file.is_file():
+        return ()
+    found = load_file(file)
+    return tuple(found[str(layer)] for layer in range(len(found)))
 
 
-__all__ = ["BilingualTask", "Examples", "Lottery", "begin", "inner_match", "language_text", "read_ids"]
+def begin(
+    task: BilingualTask,
+    spoken: Sequence[SparseDifference],
+    *,
+    reduction: int,
+    hidden_factor: int,
+    layers: str,
+    threshold: float,
+) -> Transform:
+    """The stage that trims the vocabulary, takes layers away and perhaps narrows what is left."""
+    return Transform("start", partial(task.cut, reduction, hidden_factor, layers, threshold, spoken))
+
+
+__all__ = [
+    "BilingualTask",
+    "Examples",
+    "Lottery",
+    "begin",
+    "inner_match",
+    "language_text",
+    "read_directions",
+    "read_ids",
+]

@@ -7,6 +7,7 @@ questions beforehand, as large models have; fine-tuned on a few hundred to the e
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
@@ -93,12 +94,31 @@ class World:
         x_NW = sum(self._words[slot][questions_NS[:, slot]] for slot in range(self.recipe.slots))
         return (self.scale * torch.tanh(x_NW @ self._inner) @ self._outer).softmax(-1)
 
+    def turned(self, share: float, random: torch.Generator) -> World:
+        """The same world with other meanings mixed into its words: cos w + sin w', with sin = ``share``."""
+        made = copy.copy(self)
+        other = torch.randn(self._words.shape, generator=random) / self.recipe.slots**0.5
+        made._words = (1 - share**2) ** 0.5 * self._words + share * other
+        return made
+
     def rows(self, count: int, random: torch.Generator) -> Tensor:
         """Questions with drawn answers, as tokens: the end token, the words, the answer: (count, slots + 2)."""
         recipe, questions = self.recipe, self.questions(count, random)
         answers_N1 = torch.multinomial(self.probabilities(questions), 1, generator=random)
         words = recipe.answers + torch.arange(recipe.slots) * recipe.values + questions
         return torch.cat([torch.full_like(answers_N1, recipe.end), words, answers_N1], 1)
+
+
+DIALECT = "dialect"
+
+
+def dialect(recipe: Choices, *, share: float = 0.4, count: int = 1000) -> WindowSplit:
+    """Held-out questions from elsewhere: the same words, a ``share`` of whose meaning is another, and their answers.
+
+    The vector of every word is turned away from its own, its length kept on average; the net behind it is the same.
+    """
+    world, random = World(recipe), torch.Generator().manual_seed(recipe.seed + 3)
+    return as_windows(world.turned(share, random).rows(count, random))
 
 
 def as_windows(rows_NT: Tensor) -> WindowSplit:

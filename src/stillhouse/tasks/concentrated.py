@@ -5,9 +5,10 @@ Shapes: B sequences, T tokens, N predicted tokens, K kept tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from stillhouse.base.errors import ConfigError, DataError
 from stillhouse.base.table import Column
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Observed
-from stillhouse.core.stage import Context, Stage, Transform
+from stillhouse.core.stage import Context, Evaluate, Stage, Transform
+from stillhouse.data.domains import named_sources
+from stillhouse.data.text import TextData, load_text
+from stillhouse.data.windows import WindowSplit, tokenize_windows
 from stillhouse.losses.concentrated import Rescale, Side, compared
 from stillhouse.metrics.trust import Likeliest, fit_c, likeliest, trust
 from stillhouse.objectives.language import predicted
@@ -115,9 +119,12 @@ def trustworthy(
     return Transform("calibration", look)
 
 
-def trust_figures(task: LanguageTask, bins: int, model: nn.Module) -> dict[str, float]:
-    """The columns `TRUST` of a model on the validation text."""
-    said = likeliest(model, task.batches_of(task.windows.validation), k=1, vocab_size=task.vocab_size)
+def trust_figures(
+    task: LanguageTask, bins: int, model: nn.Module, split: WindowSplit | None = None
+) -> dict[str, float]:
+    """The columns `TRUST` of a model on a split; by default the validation text."""
+    split = task.windows.validation if split is None else split
+    said = likeliest(model, task.batches_of(split), k=1, vocab_size=task.vocab_size)
     found = trust(said.log_p[:, 0].exp(), said.correct, bins=bins)
     return {
         "token_accuracy": found.accuracy,
@@ -125,3 +132,45 @@ def trust_figures(task: LanguageTask, bins: int, model: nn.Module) -> dict[str, 
         "trust_ece": found.ece,
         "trust": found.score,
     }
+
+
+def own_sets(task: LanguageTask, elsewhere: str | None) -> dict[str, WindowSplit]:
+    """Further evaluation sets by name, in the task's windows: ``NAME=SOURCE,...``, or one source named after its file.
+
+    Raises:
+        DataError: what cannot be read, or less than two examples (text: windows) in a set.
+    """
+    if elsewhere is None:
+        return {}
+    named = "=" in elsewhere and not Path(elsewhere).expanduser().exists()
+    sources = named_sources(elsewhere) if named else {Path(elsewhere).stem: elsewhere}
+    return {name: _whole(task, load_text(source)) for name, source in sources.items()}
+
+
+def _whole(task: LanguageTask, data: TextData) -> WindowSplit:
+    """All windows of some data: what would be held out of it, and the rest."""
+    windows = tokenize_windows(data, task.tokenizer, window=task.windows.window, validation=1)
+    first, rest = windows.validation[:], windows.train[:]
+    return WindowSplit({key: torch.cat([column, rest[key]]) for key, column in first.items()})
+
+
+def trust_evaluation(
+    task: LanguageTask, models: dict[str, Artifact], bins: int, elsewhere: Mapping[str, WindowSplit]
+) -> Evaluate:
+    """The task's table with the columns `TRUST`, and three of them for each set of text from ``elsewhere``."""
+    kept = {"token_accuracy", "trust_ece", "trust"}
+    columns = [
+        replace(column, key=f"{name}_{column.key}", label=f"{column.label}, {name}")
+        for name in elsewhere
+        for column in TRUST
+        if column.key in kept
+    ]
+
+    def more(model: nn.Module) -> dict[str, float]:
+        found = trust_figures(task, bins, model)
+        for name, split in elsewhere.items():
+            there = trust_figures(task, bins, model, split)
+            found |= {f"{name}_{key}": value for key, value in there.items() if key in kept}
+        return found
+
+    return task.evaluation(models, more=more, columns=[*TRUST, *columns])

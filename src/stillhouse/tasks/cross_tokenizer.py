@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -28,14 +28,15 @@ from stillhouse.core.stage import Context, Evaluate, Stage
 from stillhouse.core.train import Train
 from stillhouse.data.alignment import PairedConversations, PairedWindows, Pairing, Translator, paired_conversations
 from stillhouse.data.text import TextData
-from stillhouse.data.token_bytes import PairBias, Vocabulary, compositions, token_counts
+from stillhouse.data.token_bytes import PairBias, Vocabulary, compositions, spellings, token_counts
 from stillhouse.metrics.cross_tokenizer import Ensemble, compare_across_tokenizers
 from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm, parameter_count, read_config, student_from_spec
+from stillhouse.models.input_expansion import check_spelled, expanded
 from stillhouse.models.loading import load_tokenizer, local_folder
 from stillhouse.models.tokenizer_transfer import bpe_like, byte_tokenizer, transplant, with_vocabulary
 from stillhouse.models.tokenizers import check_same_tokenizer
 from stillhouse.objectives.language import head_of
-from stillhouse.tasks.language import LanguageSystem, LanguageTask, Measure, endpoint_of
+from stillhouse.tasks.language import LanguageSystem, LanguageTask, Measure, TaughtText, endpoint_of
 
 TEACHER, BYTES = "teacher", "bytes"
 COUNTED = 512  # training windows from which the frequencies of tokens are taken
@@ -63,6 +64,9 @@ class CrossTokenizerSystem(LanguageSystem):
     untie: Annotated[
         bool | None, "give a student with a new tokenizer a head of its own; by default only one of bytes"
     ] = None
+    expand: Annotated[
+        bool, "bytes: add to each one's embedding that of the longest of the old tokens that ends with it"
+    ] = False
     ensemble: Annotated[
         str | None, "directory or hub id of a model with the student's tokenizer: their mean is measured too"
     ] = None
@@ -76,24 +80,19 @@ class CrossTokenizerSystem(LanguageSystem):
 
 
 @dataclass
-class _Upstream:
-    """A system as the language task should see it: its student is not what makes the teacher and the windows."""
-
-    system: CrossTokenizerSystem
-    student: str = "layers=1"
-    pretrain: float = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.system, name)
-
-
-@dataclass
 class CrossTokenizerTask(LanguageTask):
     """A `LanguageTask` whose ``tokenizer`` and windows are the student's, with the teacher's beside them."""
 
     system: CrossTokenizerSystem
     teacher_tokenizer: Any = None
     pairing: Any = None  # a `Pairing`
+
+    def __post_init__(self) -> None:
+        if hasattr(self.run, "notice") or vars(self.system)["audits"]:
+            raise ConfigError(
+                f"audits compare models token by token, and those of {self.system.name()} have two tokenizers; leave "
+                "audits, and read its table, which compares them by bytes"
+            )
 
     @staticmethod
     def prepare(  # type: ignore[override]
@@ -116,17 +115,24 @@ class CrossTokenizerTask(LanguageTask):
             raise ConfigError(
                 f"{system.name()} needs the teacher's likelihoods of the text; give its directory or hub id as teacher"
             )
-        upstream: Any = _Upstream(system)
-        whole = yield from LanguageTask.prepare(upstream, run)
+        whole = yield from TaughtText.prepare(system, run)
         tokenizer, new_student = _student(system, whole)
         teacher, student = Vocabulary(whole.tokenizer), Vocabulary(tokenizer)
         pairing = Pairing(teacher, student, window=_longest(system, whole))
         if bias_threshold is not None:
             pairing = replace(pairing, unbiased=_unbiased(whole, pairing, bias_threshold))
-        known = {field.name: getattr(whole, field.name) for field in fields(LanguageTask)}
-        known |= {"system": system, "tokenizer": tokenizer, "vocab_size": student.size, "new_student": new_student}
-        task = CrossTokenizerTask(**known, teacher_tokenizer=whole.tokenizer, pairing=pairing)
-        task.windows = _paired(system, whole, pairing)
+        task = CrossTokenizerTask(
+            system,
+            run,
+            whole.teacher,
+            tokenizer,
+            whole.data,
+            _paired(system, whole, pairing),
+            student.size,
+            new_student,
+            teacher_tokenizer=whole.tokenizer,
+            pairing=pairing,
+        )
         _check_shared(task)
         if system.pretrain:
             steps = task.steps_of(system.pretrain)
@@ -281,7 +287,7 @@ def is_described(student: str) -> bool:
     return student.startswith("scale:") or "=" in student
 
 
-def _student(system: CrossTokenizerSystem, whole: LanguageTask) -> tuple[Any, Callable[[], nn.Module]]:
+def _student(system: CrossTokenizerSystem, whole: TaughtText) -> tuple[Any, Callable[[], nn.Module]]:
     """The student's tokenizer, and how to make a new student with it."""
     spec, remote = system.student, system.trust_remote_code
     described = is_described(spec)
@@ -292,6 +298,8 @@ def _student(system: CrossTokenizerSystem, whole: LanguageTask) -> tuple[Any, Ca
     wanted = system.tokenizer
     if wanted is None:
         wanted = BYTES if described or spec == TEACHER else None
+    if system.expand and (described or wanted is None):
+        raise ConfigError("expand=true needs a student whose own embeddings a new tokenizer replaces; leave it")
     if wanted is None:
         return own, lambda: load_causal_lm(spec, dtype=torch.float32, trust_remote_code=remote)[0]
     tokenizer = _tokenizer(wanted, whole, remote)
@@ -302,7 +310,11 @@ def _student(system: CrossTokenizerSystem, whole: LanguageTask) -> tuple[Any, Ca
         if untie:
             config.get_text_config(decoder=True).tie_word_embeddings = False
         return tokenizer, partial(new_causal_lm, config, seed=seed)
-    parts = compositions(Vocabulary(own), Vocabulary(tokenizer))
+    old, new = Vocabulary(own), Vocabulary(tokenizer)
+    parts, written = compositions(old, new), None
+    if system.expand:
+        check_spelled(new.pieces)
+        written = spellings(old, new)
 
     def begin() -> nn.Module:
         model: Any
@@ -310,12 +322,15 @@ def _student(system: CrossTokenizerSystem, whole: LanguageTask) -> tuple[Any, Ca
             model = copy.deepcopy(whole.teacher).to("cpu", torch.float32)
         else:
             model, _ = load_causal_lm(spec, dtype=torch.float32, trust_remote_code=remote)
-        return transplant(model, parts, tokenizer, untie=untie, seed=seed).requires_grad_(True)
+        moved = transplant(model, parts, tokenizer, untie=untie, seed=seed)
+        if written is not None:
+            moved = expanded(moved, model.get_input_embeddings(), written)
+        return moved.requires_grad_(True)
 
     return tokenizer, begin
 
 
-def _tokenizer(wanted: str, whole: LanguageTask, remote: bool) -> Any:
+def _tokenizer(wanted: str, whole: TaughtText, remote: bool) -> Any:
     if wanted == BYTES:
         return byte_tokenizer(whole.tokenizer)
     if wanted.startswith("bpe:"):
@@ -326,7 +341,7 @@ def _tokenizer(wanted: str, whole: LanguageTask, remote: bool) -> Any:
     return load_tokenizer(wanted, local_folder(wanted), revision="main", trust_remote_code=remote)
 
 
-def _longest(system: CrossTokenizerSystem, whole: LanguageTask) -> int | None:
+def _longest(system: CrossTokenizerSystem, whole: TaughtText) -> int | None:
     """The most tokens that a student's sequence may have."""
     if system.student_window is not None:
         return system.student_window
@@ -338,7 +353,7 @@ def _longest(system: CrossTokenizerSystem, whole: LanguageTask) -> int | None:
     return getattr(inner.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _unbiased(whole: LanguageTask, pairing: Pairing, threshold: float) -> Callable[[int, int], bool]:
+def _unbiased(whole: TaughtText, pairing: Pairing, threshold: float) -> Callable[[int, int], bool]:
     if whole.windows.kind == "text":
         windows = whole.windows.train[list(range(min(COUNTED, len(whole.windows.train))))]["input_ids"].numpy()
         rows = [student.ids for _, student in Translator(pairing.teacher, pairing.student)(list(windows))]
@@ -354,7 +369,7 @@ def _unbiased(whole: LanguageTask, pairing: Pairing, threshold: float) -> Callab
     return lambda teacher, student: bias(teacher, student) <= threshold
 
 
-def _paired(system: CrossTokenizerSystem, whole: LanguageTask, pairing: Pairing) -> Any:
+def _paired(system: CrossTokenizerSystem, whole: TaughtText, pairing: Pairing) -> Any:
     """The windows of a task in both tokenizers; what is held out is what the language task holds out."""
     windows = whole.windows
     if windows.kind == "text":

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import nn
 
 from stillhouse.base.errors import ConfigError
 from stillhouse.base.table import Column, Table
 from stillhouse.core.artifact import Artifact, Saver
+from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Context, Evaluate, Stage, Transform
@@ -33,6 +35,8 @@ from stillhouse.metrics.sequence_loss import mean_loss, perplexity
 from stillhouse.models.causal_lm import load_causal_lm
 from stillhouse.models.character_tokenizer import character_tokenizer
 from stillhouse.models.packing import check_packing
+from stillhouse.objectives.domain_weights import ExcessWeightedLoss
+from stillhouse.objectives.language import head_of
 from stillhouse.tasks.embedded_lm import reader, small_llama
 from stillhouse.tasks.language import (
     DEMO,
@@ -44,6 +48,7 @@ from stillhouse.tasks.language import (
 from stillhouse.tasks.selection_pictures import course_picture
 
 COURSE = "domains.json"  # beside a student: the weights it was trained with, and what it had learnt by then
+WEIGHTS = "weights.json"  # beside DoReMi's proxy: the mean of the weights it was trained with
 MOST_RATIO = 1e6
 
 
@@ -57,6 +62,8 @@ class DomainSystem(LanguageSystem):
         "or hub data set; or 'demo'",
     ] = DEMO
     domain_field: Annotated[str | None, "column that names the domain of a record"] = None
+    doremi_step: Annotated[float, "mixture=doremi: step size of the weights", Gt(0)] = 1.0
+    doremi_smoothing: Annotated[float, "mixture=doremi: share that is spread evenly", Ge(0), Le(1)] = 1e-3
 
     demo: ClassVar[dict[str, Any]] = {
         **LanguageSystem.demo,
@@ -173,6 +180,43 @@ class DomainTask:
             rule=rule,
             seed=system.seed,
         )
+
+    def doremi(self) -> Generator[Stage, Artifact, list[float]]:
+        """The shares that DoReMi (Xie et al., 2023, arXiv 2305.10429) gives the domains, for any student.
+
+        Two more models of the student's kind are trained on the text alone, as long as it is: a reference on the data's
+        own mixture, and a proxy on as much of each domain, whose loss weighs domains by its excess over the reference
+        (`ExcessWeightedLoss`). The mean of the proxy's weights is the mixture.
+        """
+        task, system = self.task, self.task.system
+        assert isinstance(system, DomainSystem)
+
+        def fixed(shares: Sequence[float]) -> Callable[[Observed], DomainMixture]:
+            return lambda student: self.mixture(shares, student, every=1, most=1, rule=None)
+
+        read = yield task.train("reference", task.cross_entropy, source=fixed(self.sizes))
+        reference = head_of(Observed(task.load(read), frozen=True, name="reference", options={"use_cache": False}))
+        made: list[ExcessWeightedLoss] = []
+
+        def objective(proxy: Observed) -> Objective:
+            options: dict[str, Any] = {"step": system.doremi_step, "smoothing": system.doremi_smoothing}
+            options |= {"domains": len(self.names), "vocab_size": task.vocab_size}
+            made.append(ExcessWeightedLoss(head_of(proxy), reference, **options))
+            return made[0]
+
+        stage = task.train("proxy", objective, source=fixed([1.0] * len(self.names)))
+        save, evaluate = stage.save or task.save, stage.evaluate
+
+        def both(model: Any, folder: Path) -> None:
+            save(model, folder)
+            (folder / WEIGHTS).write_text(json.dumps(made[0].mean_weights), encoding="utf-8")
+
+        def figures() -> Mapping[str, float]:
+            weights = {f"weight of {name}": w for name, w in zip(self.names, made[0].mean_weights, strict=True)}
+            return {**(evaluate() if evaluate else {}), **weights}
+
+        stage.save, stage.evaluate = both, figures
+        return (yield stage).json(WEIGHTS)
 
     def remembering(self, stage: Train) -> Train:
         """The stage, its mixture's course written beside the model and its weights among the logged figures."""

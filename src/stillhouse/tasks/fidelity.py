@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
@@ -26,15 +25,17 @@ from stillhouse.losses.perturbed import NoisyTeacher
 from stillhouse.metrics.fidelity import Said, corrects, fidelity
 from stillhouse.metrics.ranking import rank_correlation
 from stillhouse.metrics.significance import one_way_anova, paired_t_test
-from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm, parameter_count, student_from_spec
+from stillhouse.models.causal_lm import parameter_count
 from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.rl.policies import PolicySource, Share, prompts_of
-from stillhouse.tasks.language import LanguageTask, save_pretrained
+from stillhouse.tasks.language import LanguageTask, is_spec, save_pretrained, student_builder
 from stillhouse.tasks.pictures import matrix_picture, points_picture
 from stillhouse.tasks.policies import Policies, PolicySystem, ShareField
-from stillhouse.tasks.sweeps import copied, is_shape
+from stillhouse.tasks.sweeps import copied
 
 Way = Literal["sft", "forward-kl", "reverse-kl", "gkd", "seq-kd"]
+Builder = Callable[[], nn.Module]
+"""Makes a new student."""
 
 
 @dataclass(kw_only=True)
@@ -65,6 +66,19 @@ class GridSystem(PolicySystem):
     batch_size: Annotated[int, "sequences in a micro-batch, all processes together", Ge(1)] = 16
     window: Annotated[int, "tokens in a training sequence", Ge(8)] = 256
     new_tokens: Annotated[int, "longest response that is written", Ge(1)] = 256
+
+    def builders(self, task: LanguageTask) -> list[Builder]:
+        """How to make a student of every size; none of the task's own. To be asked for before anything is trained.
+
+        Raises:
+            ConfigError: a shape where the teacher, whose architecture it takes, is behind an endpoint.
+            ModelError: no such model, or one that does not have the teacher's tokenizer.
+        """
+        specs = [spec.replace(";", ",") for spec in self.students]
+        for spec in specs:
+            if is_spec(spec) and task.teacher is None:
+                raise ConfigError(f"students={spec}: the architecture of a teacher behind an endpoint is not known")
+        return [student_builder(self, task.teacher, task.tokenizer, student=spec)[0] for spec in specs]
 
     def cells(self, sizes: int) -> list[Cell]:
         """All objectives at all sizes; and ``disturbed`` at the middle size with disturbed teachers."""
@@ -101,6 +115,7 @@ class Study:
 
     Args:
         students: sizes as `LanguageSystem.student` has them, ``;`` in place of commas.
+        builders: how to make them (`GridSystem.builders`); none: the one size is the task's own student.
         unaware: a teacher that does not know the task.
         marker: what the final answer follows in a response.
         share: of batches that a student of GKD writes itself.
@@ -110,6 +125,7 @@ class Study:
     task: LanguageTask
     policies: Policies
     students: Sequence[str]
+    builders: Sequence[Builder] = ()
     unaware: nn.Module | None = None
     marker: str = "#"
     share: float = 0.5
@@ -143,18 +159,7 @@ class Study:
         return stage
 
     def _sized(self, size: int) -> LanguageTask:
-        spec = self.students[size].replace(";", ",")
-        if not is_shape(spec):
-            return self.task if len(self.students) == 1 else replace(self.task, new_student=self._loaded(spec))
-        if self.task.teacher is None:
-            raise ConfigError(f"students={spec}: the architecture of a teacher behind an endpoint is not known")
-        config = student_from_spec(spec, self.task.teacher.config)
-        return replace(self.task, new_student=partial(new_causal_lm, config, seed=self.task.system.seed))
-
-    def _loaded(self, name: str) -> Callable[[], nn.Module]:
-        return lambda: load_causal_lm(name, dtype=torch.float32, trust_remote_code=self.task.system.trust_remote_code)[
-            0
-        ]
+        return replace(self.task, new_student=self.builders[size]) if self.builders else self.task
 
     def objective(self, cell: Cell, student: Observed) -> Objective:
         """The divergence of a cell to its teacher, token by token, with weight 1 and nothing beside it."""
@@ -172,7 +177,7 @@ class Study:
         system, policies = self.task.system, self.policies
         return PolicySource(
             self.task.batches(),
-            policies.sampler(student.module, temperature=1.0),
+            policies.sampler(student.module, temperature=1.0, sharded=[student.tapped]),
             Share(self.share),
             pad=policies.coder.pad,
             prompt=policies.system.prompt_tokens,

@@ -1,13 +1,18 @@
 """In-context learning: a frozen language model, demonstrations of many tasks, and tasks it has never seen.
 
 `InContextSystem` has the fields; `InContextTask.prepare` turns them into the frozen model, the tasks and measurements.
+The model may be a decoder alone, which reads demonstrations and question and goes on with the answer, or an encoder
+that reads them and a decoder that writes the answer (T5); its config says which.
+
 On the embedded task a task is a random map from keys to labels, and a small model is trained once, and kept in the
 cache, until it has learnt to read such maps from demonstrations.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +37,9 @@ from stillhouse.data.in_context import (
     Example,
     IclTask,
     Item,
+    all_maps,
     collate,
+    collate_answers,
     episode,
     key_map,
     pair_streams,
@@ -44,12 +51,19 @@ from stillhouse.data.in_context import (
 from stillhouse.data.sources import Drawn
 from stillhouse.data.text import load_text
 from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm, parameter_count, student_from_spec
-from stillhouse.models.demonstration_distiller import DemonstrationDistiller, WithDemonstrations, WithVectors
+from stillhouse.models.demonstration_distiller import DemonstrationDistiller, readers_of
+from stillhouse.models.encoder_decoders import (
+    is_encoder_decoder,
+    is_text_encoder,
+    load_encoder_decoder,
+    load_text_encoder,
+    new_text_encoder,
+)
 from stillhouse.models.tokenizers import check_same_tokenizer
 from stillhouse.objectives.language import TokenCrossEntropy, head_of
 
 DEMO = "demo"
-COPIES = 6  # of every pair of an embedded task
+COPIES = 8  # of every pair of an embedded task
 Batch = dict[str, Tensor]
 
 
@@ -57,29 +71,35 @@ Batch = dict[str, Tensor]
 class KeyMaps:
     """The embedded tasks and the model that reads them; part of its fingerprint in the cache."""
 
-    keys: int = 4  # of six, a model of this size learns to read maps only after some thousand steps
-    labels: int = 4
-    train: int = 256
+    keys: int = 3  # of six, a model of this size learns to read maps only after some thousand steps
+    labels: int = 8
     test: int = 32
     pairs: int = 13
     streams: int = 4000
     width: int = 64
     layers: int = 3
-    batch_size: int = 32
-    steps: int = 2000
+    batch_size: int = 64
+    steps: int = 1000
     lr: float = 3e-3
     seed: int = 0
+
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """The maps that everything is learnt from, the reader included, and those nothing is learnt from."""
+        found = all_maps(self.keys, self.labels, seed=self.seed)
+        return found[self.test :], found[: self.test]
 
 
 @dataclass(kw_only=True)
 class InContextSystem(System):
     """Fields of every system on in-context learning."""
 
-    teacher: Annotated[str, "directory or hub id of the causal LM that reads; stays as it is; 'demo': a small one"] = (
-        DEMO
-    )
+    teacher: Annotated[
+        str, "directory or hub id of the LM that reads, causal or T5; stays as it is; 'demo': a small one"
+    ] = DEMO
     student: Annotated[
-        str, "the LM that distils: directory, hub id, or the teacher's architecture made smaller: layers=2"
+        str,
+        "the LM or T5 encoder that distils: directory, hub id, the teacher's architecture made smaller (layers=2), "
+        "or 'teacher': it begins as a copy of the teacher",
     ] = "layers=2"
     data: Annotated[str, ".jsonl of {task, input, output, candidates}, or 'demo': maps from keys to labels"] = DEMO
     text: Annotated[str | None, "text for the first stage; without, the tasks' own examples"] = None
@@ -92,11 +112,11 @@ class InContextSystem(System):
     batch_size: Annotated[int, "episodes in a batch", Ge(1)] = 8
     weight_decay: Annotated[float, "decoupled weight decay", Ge(0)] = 0.0
     clip: Annotated[float | None, "largest gradient norm", Gt(0)] = 1.0
-    reader_steps: Annotated[int, "optimizer steps in which the embedded model learns to read maps", Ge(1)] = 2000
+    reader_steps: Annotated[int, "optimizer steps in which the embedded model learns to read maps", Ge(1)] = 1000
     trust_remote_code: Annotated[bool, "run code that comes with a model"] = False
 
     demo: ClassVar[dict[str, Any]] = {
-        "student": "layers=2,hidden_size=48,intermediate_size=96",
+        "student": "teacher",
         "demos": 12,
         "demo_tokens": 24,
         "queries": 12,
@@ -134,17 +154,11 @@ class InContextTask:
         if system.teacher == DEMO:
             lm, tokenizer = yield from _demo_reader(recipe)
             records = [
-                [
-                    one
-                    for seed in range(first, first + count)
-                    for one in key_map(recipe.keys, recipe.labels, copies=COPIES, seed=seed)
-                ]
-                for first, count in ((1_000, recipe.train), (0, recipe.test))
+                [one for chosen in maps.tolist() for one in key_map(chosen, recipe.labels, copies=COPIES)]
+                for maps in recipe.maps()
             ]
         else:
-            lm, tokenizer = load_causal_lm(
-                system.teacher, dtype=torch.float32, trust_remote_code=system.trust_remote_code
-            )
+            lm, tokenizer = _load_lm(system.teacher, system.trust_remote_code)
             records = _split(read_records(system.data), system.test_tasks, system.data)
 
         def encode(text: str) -> list[int]:
@@ -161,33 +175,58 @@ class InContextTask:
         lm.requires_grad_(False)
         if system.teacher == DEMO:
             generator = torch.Generator().manual_seed(recipe.seed + 2)
-            size = {"keys": recipe.keys, "labels": recipe.labels}
-            streams = pair_streams(recipe.streams, recipe.pairs, generator=generator, **size)
+            streams = pair_streams(recipe.maps()[0], recipe.streams, recipe.pairs, generator=generator)
         else:
-            streams = _streams(system, train, encode)
+            streams = _streams(system, train, encode, longest=_positions(lm.config))
         return InContextTask(system, run, lm, tokenizer, train, test, streams)
+
+    @property
+    def writes(self) -> bool:
+        """Whether an encoder reads and a decoder writes."""
+        return bool(self.lm.config.is_encoder_decoder)
 
     def new_distiller(self, *, vectors: int, chunks: int) -> DemonstrationDistiller:
         """A distiller whose language model is the student, with random weights or with those it comes with."""
         system, config = self.system, self.lm.config
-        longest = getattr(config, "max_position_embeddings", None)
         text = max(len(one.question) + len(one.answer) for task in (*self.train, *self.test) for one in task.examples)
-        if longest and max(system.demo_tokens, vectors * chunks) + text > longest:
+        if max(system.demo_tokens, vectors * chunks) + text > _positions(config):
             raise ConfigError(
                 f"demo_tokens={system.demo_tokens} and vectors={vectors} beside {text} tokens of text are more than "
-                f"the {longest} positions of {system.teacher}; lower them"
+                f"the {_positions(config)} positions of {system.teacher}; lower them"
             )
-        if "=" in system.student or system.student.startswith("scale:"):
-            lm = new_causal_lm(student_from_spec(system.student, config), seed=system.seed)
+        if system.student == "teacher":
+            if self.writes:
+                lm, _ = _load_lm(system.teacher, system.trust_remote_code, encoder=True)
+            else:
+                lm = deepcopy(self.lm).requires_grad_(True)
+        elif "=" in system.student or system.student.startswith("scale:"):
+            if config.is_encoder_decoder:
+                lm = new_text_encoder(system.student, config, seed=system.seed)
+            else:
+                lm = new_causal_lm(student_from_spec(system.student, config), seed=system.seed)
         else:
-            lm, own = load_causal_lm(system.student, dtype=torch.float32, trust_remote_code=system.trust_remote_code)
+            lm, own = _load_lm(system.student, system.trust_remote_code, encoder=True)
             check_same_tokenizer(self.tokenizer, own)
-        width = self.lm.get_input_embeddings().weight.shape[1]
-        return DemonstrationDistiller(lm, vectors=vectors, width=width, chunks=chunks, seed=system.seed)
+        longest, read = _positions(lm.config), -(-system.demo_tokens // chunks)
+        if read + vectors > longest:
+            raise ConfigError(
+                f"{read} tokens of demonstrations and vectors={vectors} are more than the {longest} positions of the "
+                f"student; lower demo_tokens or vectors, or raise chunks"
+            )
+        table = self.lm.get_input_embeddings()
+        distiller = DemonstrationDistiller(
+            lm, vectors=vectors, width=table.weight.shape[1], chunks=chunks, seed=system.seed
+        ).eval()
+        some = next(self.episodes())
+        distiller.fit_scale(some["demo_ids"], some["demo_mask"], table(some["demo_ids"]))
+        return distiller
 
     def batch(self, items: Sequence[Item]) -> Batch:
-        """Items as a batch; see `collate`."""
+        """Items as a batch; see `collate` and `collate_answers`."""
         pad = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        if self.writes:
+            start, end = self.lm.config.decoder_start_token_id, self.tokenizer.eos_token_id
+            return collate_answers(items, pad=pad, start=start, end=end, demo_tokens=self.system.demo_tokens)
         return collate(items, pad=pad, demo_tokens=self.system.demo_tokens)
 
     def episodes(self) -> Drawn:
@@ -199,13 +238,25 @@ class InContextTask:
 
         return Drawn(draw, seed=self.system.seed)
 
-    def cut_text(self, ratio: float) -> Drawn:
+    def cut_text(self, ratio: float, *, vectors: int) -> Drawn:
         """Batches of text of which the share ``ratio`` plays the demonstrations, and the rest what follows them."""
-        cut = max(1, min(round(ratio * self.streams.shape[1]), self.streams.shape[1] - 2))
+        length, longest = self.streams.shape[1], _positions(self.lm.config)
+        cut = max(1, min(round(ratio * length), length - 2))
+        if vectors + length - cut > longest:
+            raise ConfigError(
+                f"{vectors} vectors and {length - cut} tokens of text (ratio={ratio:g}) are more than the {longest} "
+                f"positions of {self.system.teacher}; lower vectors or demo_tokens, or raise ratio"
+            )
+        asked = (cut + length) // 2 if self.writes else length  # an encoder reads half of the rest, a decoder writes it
 
         def draw(generator: torch.Generator) -> Batch:
             rows = torch.randint(len(self.streams), (self.system.batch_size,), generator=generator)
-            return self.batch([Item(tuple(row[:cut]), tuple(row[cut:])) for row in self.streams[rows].tolist()])
+            return self.batch(
+                [
+                    Item(tuple(row[:cut]), tuple(row[cut:asked]), tuple(row[asked:]))
+                    for row in self.streams[rows].tolist()
+                ]
+            )
 
         return Drawn(draw, seed=self.system.seed + 1)
 
@@ -243,14 +294,14 @@ class InContextTask:
     @torch.no_grad()
     def _evaluate(self, artifact: Artifact, context: Context) -> Table:
         self.lm.to(self.run.fabric.device).eval()
-        distiller, reads, vectors = self.load(artifact), WithDemonstrations(self.lm), WithVectors(self.lm)
+        distiller, (reads, vectors) = self.load(artifact), readers_of(self.lm)
 
         def plain(batch: Batch) -> Tensor:
-            return reads(*(batch[name] for name in ("demo_ids", "demo_mask", "input_ids", "attention_mask")))
+            return reads(*(batch[name] for name in reads.needs))
 
         def distilled(batch: Batch) -> Tensor:
             once = distiller(batch["demo_ids"][:1], batch["demo_mask"][:1])  # of one task: made once, read by all
-            return vectors(once.expand(len(batch["input_ids"]), -1, -1), batch["input_ids"], batch["attention_mask"])
+            return vectors(once.expand(len(batch["input_ids"]), -1, -1), *(batch[name] for name in vectors.needs))
 
         ways: Mapping[str, tuple[Callable[[Batch], Tensor], str]] = {
             "zero-shot": (plain, "none"),
@@ -290,7 +341,7 @@ class InContextTask:
         would write the answer: every token of it is the likeliest after those before it."""
         answers = example.candidates or (example.answer,)
         batch = self.run.fabric.to_device(self.batch([Item(demonstrations, example.question, one) for one in answers]))
-        logits = read(batch)[:, :-1]
+        logits = read(batch) if self.writes else read(batch)[:, :-1]
         if example.candidates:
             best = int(mean_logprobs(logits, batch["targets"]).argmax())
             return answers[best] == example.answer
@@ -311,6 +362,14 @@ def mean_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return (found * scored).sum(1) / scored.sum(1)
 
 
+def _load_lm(name: str, trust_remote_code: bool, *, encoder: bool = False) -> tuple[Any, Any]:
+    """A language model and its tokenizer: a decoder, or an encoder and a decoder, of which the first will do."""
+    if is_text_encoder(name) or is_encoder_decoder(name, trust_remote_code=trust_remote_code):
+        load = load_text_encoder if encoder else load_encoder_decoder
+        return load(name, trust_remote_code=trust_remote_code)
+    return load_causal_lm(name, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
 def _split(records: list[dict[str, Any]], share: float, name: str) -> list[list[dict[str, Any]]]:
     """Records of the tasks to learn from, and of those held out: the last ones of the file."""
     names = list(dict.fromkeys(record["task"] for record in records))
@@ -320,13 +379,20 @@ def _split(records: list[dict[str, Any]], share: float, name: str) -> list[list[
     return [[record for record in records if (record["task"] in held) == wanted] for wanted in (False, True)]
 
 
-def _streams(system: InContextSystem, train: list[IclTask], encode: Callable[[str], list[int]]) -> Tensor:
-    """Runs of tokens of the text, or of the tasks' examples, as long as demonstrations and a quarter more."""
+def _positions(config: Any) -> int:
+    """How many tokens a model reads at most; many, where it counts distances."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _streams(
+    system: InContextSystem, train: list[IclTask], encode: Callable[[str], list[int]], *, longest: int
+) -> Tensor:
+    """Runs of tokens of the text, or of the tasks' examples: demonstrations and a quarter more, if that can be read."""
     if system.text is None:
         tokens = [token for task in train for token in shown(task.examples)]
     else:
         tokens = [token for text in load_text(system.text).documents["text"] for token in encode(text + system.end)]
-    length = min(round(1.25 * system.demo_tokens), max(4, len(tokens) // 2))
+    length = min(round(1.25 * system.demo_tokens), longest, max(4, len(tokens) // 2))
     if len(tokens) < length:
         raise DataError(
             f"{system.text or system.data}: {len(tokens)} tokens are too few for the first stage; give more"
@@ -352,10 +418,10 @@ def _demo_reader(recipe: KeyMaps) -> Generator[Stage, Artifact, tuple[Any, Any]]
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    size = {"keys": recipe.keys, "labels": recipe.labels}
+    learnt, _ = recipe.maps()
 
     def draw(generator: torch.Generator) -> Batch:
-        ids = pair_streams(recipe.batch_size, recipe.pairs, generator=generator, **size)
+        ids = pair_streams(learnt, recipe.batch_size, recipe.pairs, generator=generator)
         return {"input_ids": ids, "loss_mask": (torch.arange(ids.shape[1]) % 2).expand_as(ids)}
 
     def player() -> Player:

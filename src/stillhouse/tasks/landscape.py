@@ -1,10 +1,11 @@
-"""Looking at the valley that checkpoints of a language model lie in: losses between them, agreement of gradients."""
+"""Looking at the valley that checkpoints of a language model lie in: losses between them, gradients, curvature."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from stillhouse.base.table import Column, Table
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Batch, Observed
 from stillhouse.core.stage import Context
+from stillhouse.metrics.curvature import movement, slope
 from stillhouse.metrics.landscape import gradient_cosine, losses_between
 from stillhouse.metrics.language import compare_causal_lms
+from stillhouse.objectives.lr_schedules import Segment
 from stillhouse.tasks.language import LanguageTask
 from stillhouse.tasks.pictures import curves_picture
 
@@ -33,8 +36,8 @@ class Valley:
         batches = self.task.batches_of(self.task.windows.selection, self.task.system.eval_windows)
         return compare_causal_lms({"model": model}, batches, vocab_size=self.task.vocab_size)["model"].loss
 
-    def cosine(self, model: nn.Module) -> float:
-        """Mean cosine between the gradients of batches that follow one another."""
+    def losses(self, model: nn.Module) -> list[Callable[[], Tensor]]:
+        """The losses of training batches that follow one another, as functions of the weights the model has then."""
         objective = self.task.cross_entropy(Observed(model, name="checkpoint", options={"use_cache": False}))
         size, train = self.task.system.batch_size, self.task.windows.train
         places = [list(range(at, min(at + size, len(train)))) for at in range(0, size * self.gradients, size)]
@@ -43,7 +46,43 @@ class Valley:
         def loss(batch: Batch) -> Tensor:
             return objective(batch)
 
-        return gradient_cosine(model, [lambda batch=batch: loss(batch) for batch in batches])  # type: ignore[misc]
+        return [partial(loss, batch) for batch in batches]
+
+    def cosine(self, model: nn.Module) -> float:
+        """Mean cosine between the gradients of batches that follow one another."""
+        return gradient_cosine(model, self.losses(model))
+
+    def dynamics(
+        self,
+        parts: Sequence[tuple[Segment, Artifact | None, Artifact]],
+        new: Callable[[], nn.Module],
+        context: Context,
+    ) -> Table:
+        """A row for each part of a schedule (segment, what it began with, what it left).
+
+        At its end the norm of a batch's gradient, the curvature along it and the cosine of batches that follow one
+        another, and how far weights went in it. ``new`` makes what a part without a beginning began with.
+        """
+        rows: list[dict[str, Any]] = []
+        for segment, begun, left in parts:
+            before, model = new() if begun is None else self.task.load(begun), self.task.load(left)
+            found = [slope(model, loss) for loss in self.losses(model)]
+            row: dict[str, Any] = {
+                "name": "decay" if segment.target is not None else "stable",
+                "gradient": sum(one.norm for one in found) / len(found),
+                "curvature": sum(one.curvature for one in found) / len(found),
+                "cosine": self.cosine(model),
+                "movement": movement(before.state_dict(), model.state_dict()) / (segment.end - segment.begin),
+            }
+            rows.append(row)
+            context.results |= {f"{row['name']}/{key}": value for key, value in row.items() if key != "name"}
+        columns = [
+            Column("gradient", "gradient", ".4f", None, "mean norm of a batch's gradient at the end"),
+            Column("curvature", "curvature", ".4f", None, "mean curvature of a batch's loss along its gradient"),
+            Column("cosine", "cosine", ".3f", None, "mean cosine of gradients of consecutive batches"),
+            Column("movement", "movement", ".3e", None, "root mean square of a weight's way, net, over the steps"),
+        ]
+        return Table("Dynamics", columns, rows)
 
     def measure(self, lines: Mapping[str, Sequence[Artifact]], context: Context) -> tuple[Table, dict[str, Any]]:
         """A row for each two neighbouring checkpoints of a kind: losses on the way, cosine of gradients at its end."""

@@ -126,6 +126,66 @@ class LanguageSystem(System):
 
 
 @dataclass
+class TaughtText:
+    """What a language task begins with, whoever is to learn: a teacher, its tokenizer, and the text in its tokens."""
+
+    system: LanguageSystem
+    run: Run
+    teacher: Any  # None where it is behind an endpoint
+    tokenizer: Any
+    data: TextData
+    windows: Windows
+
+    @staticmethod
+    def prepare(
+        system: LanguageSystem, run: Run, *, student: str | None = None
+    ) -> Generator[Stage, Artifact, TaughtText]:
+        """Read the text and find the teacher; on the embedded task this yields the stage that trains it.
+
+        ``student``: the directory or hub id whose tokenizer stands for that of a teacher behind an endpoint; by
+        default the system's student.
+        """
+        data = load_text(
+            system.data, split=system.split, text_field=system.text_field, on_bad_record=system.on_bad_record
+        )
+        if data.skipped:
+            run.say(f"{data.name}: skipped {data.skipped} bad record(s), such as {data.skipped_examples[0]}")
+        if system.teacher == DEMO:
+            if system.data != DEMO:
+                raise ConfigError("teacher=demo is trained on data=demo; for your own data pass your own teacher")
+            teacher, tokenizer = yield from _demo_teacher(data, run)
+        elif endpoint_of(system.teacher):
+            known = student or system.student
+            if is_spec(known):
+                raise ConfigError(
+                    f"student={known}: the architecture of a teacher behind an endpoint is not known; give "
+                    "the student's directory or hub id"
+                )
+            teacher, (_, tokenizer) = None, load_student(known, system)
+        else:
+            teacher, tokenizer = load_causal_lm(system.teacher, trust_remote_code=system.trust_remote_code)
+        # What is held out does not depend on the seed: the embedded teacher has seen none of it, whatever the seed.
+        windows = tokenize_windows(
+            data,
+            tokenizer,
+            window=system.window,
+            validation=system.validation,
+            selection=system.selection,
+            packing=system.packing,
+        )
+        if system.packing and teacher is not None:
+            check_packing(teacher)
+        return TaughtText(system, run, teacher, tokenizer, data, windows)
+
+    def task(self, student: str | None = None) -> LanguageTask:
+        """The task of a student with the teacher's tokenizer; by default the system's."""
+        new_student, vocab_size = student_builder(self.system, self.teacher, self.tokenizer, student=student)
+        return LanguageTask(
+            self.system, self.run, self.teacher, self.tokenizer, self.data, self.windows, vocab_size, new_student
+        )
+
+
+@dataclass
 class LanguageTask:
     """What a language system works with, once its fields have been turned into objects."""
 
@@ -146,37 +206,7 @@ class LanguageTask:
     @staticmethod
     def prepare(system: LanguageSystem, run: Run) -> Generator[Stage, Artifact, LanguageTask]:
         """Build the task; on the embedded task this yields the stage that trains the teacher."""
-        data = load_text(
-            system.data, split=system.split, text_field=system.text_field, on_bad_record=system.on_bad_record
-        )
-        if data.skipped:
-            run.say(f"{data.name}: skipped {data.skipped} bad record(s), such as {data.skipped_examples[0]}")
-        if system.teacher == DEMO:
-            if system.data != DEMO:
-                raise ConfigError("teacher=demo is trained on data=demo; for your own data pass your own teacher")
-            teacher, tokenizer = yield from _demo_teacher(data, run)
-        elif endpoint_of(system.teacher):
-            if is_spec(system.student):
-                raise ConfigError(
-                    f"student={system.student}: the architecture of a teacher behind an endpoint is not known; give "
-                    "the student's directory or hub id"
-                )
-            teacher, (_, tokenizer) = None, load_student(system.student, system)
-        else:
-            teacher, tokenizer = load_causal_lm(system.teacher, trust_remote_code=system.trust_remote_code)
-        # What is held out does not depend on the seed: the embedded teacher has seen none of it, whatever the seed.
-        windows = tokenize_windows(
-            data,
-            tokenizer,
-            window=system.window,
-            validation=system.validation,
-            selection=system.selection,
-            packing=system.packing,
-        )
-        if system.packing and teacher is not None:
-            check_packing(teacher)
-        new_student, vocab_size = student_builder(system, teacher, tokenizer)
-        task = LanguageTask(system, run, teacher, tokenizer, data, windows, vocab_size, new_student)
+        task = (yield from TaughtText.prepare(system, run)).task()
         if system.pretrain:
             steps = task.steps_of(system.pretrain)
             pretrained = yield task.train("pretrain", task.cross_entropy, steps=steps, adapters=False)
@@ -376,9 +406,11 @@ def endpoint_of(teacher: str) -> tuple[str, str] | None:
     return url, model
 
 
-def student_builder(system: LanguageSystem, teacher: Any, tokenizer: Any) -> tuple[Callable[[], nn.Module], int]:
-    """How to make a new student, and the vocabulary that both models share."""
-    spec = system.student
+def student_builder(
+    system: LanguageSystem, teacher: Any, tokenizer: Any, *, student: str | None = None
+) -> tuple[Callable[[], nn.Module], int]:
+    """How to make a new student (by default the system's), and the vocabulary that both models share."""
+    spec = student or system.student
     if is_spec(spec):
         config = student_from_spec(spec, teacher.config)
         return partial(new_causal_lm, config, seed=system.seed), check_same_tokenizer(tokenizer, tokenizer)

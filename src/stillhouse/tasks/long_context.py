@@ -3,7 +3,8 @@
 Entities are tagged word by word in BIO form and scored as whole entities. Three tasks are generated: ``short-ner``
 (the type of a name stands right before it), ``long-ner`` (it stands in the first words of the document only) and
 ``retrieval`` (the first words ask for a key; the word after that key, far below, is to be tagged). A file of the
-user's own has a document a line: ``{"tokens": [...], "tags": ["O", "B-PER", ...]}``.
+user's own has a document a line: ``{"tokens": [...], "tags": ["O", "B-PER", ...]}``; or a question, whose answer is
+tagged in its context: ``{"question": ..., "context": ..., "answers": [...]}``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from stillhouse.data.masking import IGNORED, Masked
 from stillhouse.data.rows import TensorRows
 from stillhouse.data.sources import Batches
 from stillhouse.data.windows import Windows, tokenize_windows
+from stillhouse.metrics.answers import answer_scores, answer_words
 from stillhouse.models.efficient_attention import (
     Attention,
     alternate_layers,
@@ -44,6 +46,7 @@ from stillhouse.models.efficient_attention import (
     shallow,
     token_classifier,
 )
+from stillhouse.models.lsg import Sparse
 from stillhouse.objectives.logits import CrossEntropy
 from stillhouse.tasks.encoder import EncoderSystem, EncoderTask
 
@@ -85,21 +88,27 @@ class Lexicon:
 
 @dataclass(frozen=True)
 class Document:
-    """Words with a BIO tag each; the first ``head`` words say what the rest is about."""
+    """Words with a BIO tag each; the first ``head`` words say what the rest is about, or ask for ``answers``."""
 
     words: list[str]
     tags: list[str]
     head: int = 1
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TaggedSet:
-    """A tagging task, in tokens: ``input_ids``, masks and ``labels`` (N, T), a label on the first token of a word."""
+    """A tagging task, in tokens: ``input_ids``, masks and ``labels`` (N, T), a label on the first token of a word.
+
+    ``asked`` are the documents held out where they are questions; with ``by_answer`` the score is their answers' F1.
+    """
 
     labels: list[str]
     train: TensorRows
     test: TensorRows
     far: bool
+    asked: Sequence[Document] = ()
+    by_answer: bool = False
 
 
 @dataclass(kw_only=True)
@@ -111,14 +120,20 @@ class LongContextSystem(EncoderSystem):
         None
     )
     attention_window: Annotated[int, "Longformer: tokens that one sees, both sides together", Ge(2)] = 512
-    block_size: Annotated[int, "BigBird: tokens of a block", Ge(1)] = 64
+    block_size: Annotated[int, "BigBird and LSG: tokens of a block", Ge(1)] = 64
     random_blocks: Annotated[int, "BigBird: blocks that each one sees by chance", Ge(1)] = 3
     landmarks: Annotated[int, "Nystromformer: means that stand for all queries and keys", Ge(1)] = 64
+    sparsity_factor: Annotated[int, "LSG: beyond the neighbouring blocks, one token in so many is seen", Ge(1)] = 2
+    sparse_tokens: Annotated[Sparse, "LSG: which ones; none leaves them out"] = "norm"
+    global_tokens: Annotated[int, "LSG: learned tokens before the text that see everything and are seen", Ge(0)] = 1
     short_share: Annotated[
         float, "share of the texts that is cut to `window` tokens; the rest is long", Ge(0), Le(1)
     ] = 0.5
     tasks: Annotated[list[TaskName] | None, "generated tagging tasks; all three by default"] = None
     tagged: Annotated[str | None, "tagging task of your own: a .jsonl file of tokens and tags, instead"] = None
+    questions: Annotated[
+        str | None, "questions of your own: a .jsonl file of question, context and answers, instead"
+    ] = None
     documents: Annotated[int, "generated documents to learn from; a quarter as many are tested on", Ge(8)] = 320
     tune_steps: Annotated[int, "steps of fine-tuning on a task", Ge(1)] = 1000
     tune_lr: Annotated[float, "peak learning rate of fine-tuning", Gt(0)] = 3e-5
@@ -179,7 +194,8 @@ def make_document(task: TaskName, words: int, lexicon: Lexicon, generator: rando
 
 def _document(head: list[tuple[str, str]], body: list[tuple[str, str]]) -> Document:
     words, tags = zip(*head, *body, strict=True)
-    return Document(list(words), list(tags), head=max(1, len(head)))
+    answers = tuple(word for word, tag in body if tag == "B-ANS")
+    return Document(list(words), list(tags), head=max(1, len(head)), answers=answers)
 
 
 def read_tagged(file: str) -> list[Document]:
@@ -206,6 +222,49 @@ def read_tagged(file: str) -> list[Document]:
     if len(found) < 8:
         raise DataError(f"{file}: {len(found)} documents; at least 8 are needed to learn from and to test on")
     return found
+
+
+def read_questions(file: str) -> list[Document]:
+    """Questions from a .jsonl file, as documents: the question's words, then its context with the answer tagged.
+
+    Of ``answers`` the first that stands in the context is tagged, where it stands first; all of them count as right.
+
+    Raises:
+        DataError: naming the line that is wrong.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise DataError(f"{file}: no such file; give a .jsonl file with a question a line")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            head, body = str(record["question"]).split(), str(record["context"]).split()
+            given = record["answers"]
+            answers = (given,) if isinstance(given, str) else tuple(map(str, given))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{file} line {number}: must be {{"question": ..., "context": ..., "answers": [...]}}'
+            ) from error
+        span = next((one for one in (_stands(answer, body) for answer in answers) if one), None)
+        if not head or span is None:
+            problem = f"no answer of {list(answers)} stands in the context" if head else "the question has no words"
+            raise DataError(f"{file} line {number}: {problem}; correct it or leave it out")
+        tags = ["O"] * len(body)
+        tags[span[0] : span[1]] = ["B-ANS", *["I-ANS"] * (span[1] - span[0] - 1)]
+        found.append(Document([*head, *body], [*["O"] * len(head), *tags], len(head), answers))
+    if len(found) < 8:
+        raise DataError(f"{file}: {len(found)} questions; at least 8 are needed to learn from and to test on")
+    return found
+
+
+def _stands(answer: str, words: Sequence[str]) -> tuple[int, int] | None:
+    """Where the words of an answer stand: first place and the one after the last; punctuation does not matter."""
+    wanted, plain = answer.split(), [" ".join(answer_words(word)) or word.lower() for word in words]
+    goal = [" ".join(answer_words(word)) or word.lower() for word in wanted]
+    starts = range(len(plain) - len(goal) + 1) if goal else range(0)
+    place = next((start for start in starts if plain[start : start + len(goal)] == goal), None)
+    return None if place is None else (place, place + len(goal))
 
 
 def encode_tagged(documents: Sequence[Document], labels: Sequence[str], tokenizer: Any, length: int) -> TensorRows:
@@ -269,10 +328,44 @@ def retention(student: float, teacher: float) -> float:
     return student / teacher
 
 
-@torch.no_grad()
-def tagging_f1(model: Any, data: TaggedSet, device: torch.device, *, batch_size: int = 16) -> float:
+def first_answer(words: Sequence[str], tags: Sequence[str]) -> str:
+    """The first entity's words, of those words that have a tag; nothing if there is none."""
+    begin, end, _ = min(entities(tags), default=(0, -1, ""))
+    return " ".join(words[begin : end + 1])
+
+
+def pareto(costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
+    """Which of some models no other beats: at least as good and as cheap, and better in one of the two."""
+    points = list(zip(costs, scores, strict=True))
+    return [not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points) for cost, score in points]
+
+
+def task_scores(model: Any, name: str, data: TaggedSet, device: torch.device) -> dict[str, float]:
+    """The score of a tagger under the task's name, and where questions are asked exact match and F1 of the answers."""
+    gold, predicted = _tags(model, data, device)
+    found = {name: entity_f1(gold, predicted)}
+    if data.asked:
+        answers = [first_answer(one.words, tags) for one, tags in zip(data.asked, predicted, strict=True)]
+        exact, f1 = answer_scores(answers, [one.answers for one in data.asked])
+        found |= {f"{name}_em": exact, f"{name}_answer_f1": f1}
+        if data.by_answer:
+            found[name] = f1
+    return found
+
+
+def tagging_f1(model: Any, data: TaggedSet, device: torch.device) -> float:
     """`entity_f1` of a tagger on the documents held out."""
-    tagger, gold, predicted = Observed(model).output("logits"), [], []
+    return entity_f1(*_tags(model, data, device))
+
+
+@torch.no_grad()
+def _tags(
+    model: Any, data: TaggedSet, device: torch.device, *, batch_size: int = 16
+) -> tuple[list[list[str]], list[list[str]]]:
+    """The right tags of the documents held out, and the tagger's, word by word."""
+    tagger = Observed(model).output("logits")
+    gold: list[list[str]] = []
+    predicted: list[list[str]] = []
     model.eval()
     for start in range(0, len(data.test), batch_size):
         rows = data.test[list(range(start, min(len(data.test), start + batch_size)))]
@@ -281,7 +374,7 @@ def tagging_f1(model: Any, data: TaggedSet, device: torch.device, *, batch_size:
             scored = labels_T != IGNORED
             gold.append([data.labels[index] for index in labels_T[scored].tolist()])
             predicted.append([data.labels[index] for index in guess_T[scored].tolist()])
-    return entity_f1(gold, predicted)
+    return gold, predicted
 
 
 # -- the task -------------------------------------------------------------------------------------------------------
@@ -340,6 +433,7 @@ class LongContextTask:
     def converted(self, name: str, attention: Attention) -> Transform:
         """The stage that gives the teacher another attention and ``length`` positions."""
         system = self.system
+        lsg = self._lsg() if attention == "lsg" else {}
         make = partial(
             convert_encoder,
             self.text.teacher,
@@ -350,8 +444,16 @@ class LongContextTask:
             block=system.block_size,
             random_blocks=system.random_blocks,
             landmarks=system.landmarks,
+            **lsg,
         )
         return Transform(name, lambda _: make(), save=self.text.save)
+
+    def _lsg(self) -> dict[str, Any]:
+        """The first global token starts as the token that begins a text, the others as masks."""
+        system, tokenizer = self.system, self.text.tokenizer
+        first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.mask_token_id
+        ids = [first, *[tokenizer.mask_token_id] * system.global_tokens][: system.global_tokens]
+        return {"factor": system.sparsity_factor, "selection": system.sparse_tokens, "global_ids": ids}
 
     def fill_in(self, name: str, before: Artifact, steps: int) -> Train:
         """A stage that goes on with filling in masked tokens, on the mixture of lengths."""
@@ -445,12 +547,15 @@ class LongContextTask:
         for name, artifact in models.items():
             model = load_efficient(artifact.path).to(device)
             sweep[name] = {size: encoder_cost(model, size) for size in lengths if not size % self.system.landmarks}
-            scores = {
-                task: tagging_f1(load_efficient(one.path, tagger=True).to(device), self.sets[task], device)
-                for task, one in tuned.get(name, {}).items()
-            }
+            scores: dict[str, float] = {}
+            for task, one in tuned.get(name, {}).items():
+                scores |= task_scores(load_efficient(one.path, tagger=True).to(device), task, self.sets[task], device)
             rows.append({"name": name, "parameters": parts_of(model), **sweep[name][length], **scores})
         by_name = {row["name"]: row for row in rows}
+        whole = [row for row in rows if all(task in row for task in self.sets)]
+        means = [sum(row[task] for task in self.sets) / len(self.sets) for row in whole]
+        for row, front in zip(whole, pareto([row["flops"] for row in whole], means), strict=True):
+            row["pareto"] = float(front)
         for row in rows:
             teacher = by_name.get(pairs.get(row["name"], ""), row)
             for group, far in (("short", False), ("long", True)):
@@ -463,7 +568,14 @@ class LongContextTask:
             row["time_share"] = row["milliseconds"] / teacher["milliseconds"]
             row["flops_share"] = row["flops"] / teacher["flops"]
             context.results |= {f"{row['name']}/{key}": value for key, value in row.items() if key != "name"}
-        columns = [*(Column(task, f"{task} F1", ".1%", "higher", "whole entities") for task in self.sets), *COST]
+        kinds = {
+            task: "words of the answer" if data.by_answer else "whole entities" for task, data in self.sets.items()
+        }
+        columns = [Column(task, f"{task} F1", ".1%", "higher", what) for task, what in kinds.items()]
+        for task, data in self.sets.items():
+            if data.asked:
+                columns.append(Column(f"{task}_em", f"{task} EM", ".1%", "higher", "answers right to the word"))
+        columns += COST
         note = (
             f"Costs: one text of {length:,} tokens. Kept: of the teacher's F1, mean over tasks whose reason is near "
             "(short) or far (long). costs.json has the same for shorter texts."
@@ -478,17 +590,21 @@ COST = [
     Column("flops", "FLOPs", ".3g", "lower", "counted"),
     Column("milliseconds", "ms", ".1f", "lower", "best of three forwards, on this machine"),
     Column("peak_bytes", "peak bytes", ",.0f", "lower", "tensors alive at a time in one forward, counted"),
+    Column("pareto", "front", ".0f", "higher", "1: no other model is as good in the mean and needs fewer FLOPs"),
 ]
 
 
 def _tagged_sets(system: LongContextSystem, tokenizer: Any, texts: Sequence[str]) -> dict[str, TaggedSet]:
-    if system.tagged is not None:
-        found = read_tagged(system.tagged)
+    if system.tagged is not None and system.questions is not None:
+        raise ConfigError("tagged and questions: give one of the two")
+    if system.tagged is not None or system.questions is not None:
+        name = "tagged" if system.tagged is not None else "questions"
+        found = read_tagged(system.tagged) if system.tagged is not None else read_questions(str(system.questions))
         order = list(range(len(found)))
         random.Random(0).shuffle(order)  # what is held out does not depend on the seed
         test = max(1, len(found) // 5)
         parts = [found[index] for index in order[test:]], [found[index] for index in order[:test]]
-        return {"tagged": _tagged_set(*parts, tokenizer, system.length, far=True)}
+        return {name: _tagged_set(*parts, tokenizer, system.length, far=True, by_answer=name == "questions")}
     lexicon = Lexicon.of(texts)
     sets: dict[str, TaggedSet] = {}
     for task in system.tasks or ("short-ner", "long-ner", "retrieval"):
@@ -504,7 +620,13 @@ def _tagged_sets(system: LongContextSystem, tokenizer: Any, texts: Sequence[str]
 
 
 def _tagged_set(
-    train: Sequence[Document], test: Sequence[Document], tokenizer: Any, length: int, *, far: bool
+    train: Sequence[Document],
+    test: Sequence[Document],
+    tokenizer: Any,
+    length: int,
+    *,
+    far: bool,
+    by_answer: bool = False,
 ) -> TaggedSet:
     kinds = sorted({tag[2:] for document in (*train, *test) for tag in document.tags if tag != "O"})
     labels = ["O", *(f"{mark}-{kind}" for kind in kinds for mark in "BI")]
@@ -513,4 +635,6 @@ def _tagged_set(
         encode_tagged(train, labels, tokenizer, length),
         encode_tagged(test, labels, tokenizer, length),
         far=far,
+        asked=test if all(one.answers for one in test) else (),
+        by_answer=by_answer,
     )

@@ -33,10 +33,12 @@ from stillhouse.tasks.language import LanguageTask
 
 
 def taught(task: LanguageTask, epochs: float) -> Generator[Stage, Artifact, nn.Module]:
-    """The task's teacher after so many passes over the training text; yields the stage that trains a copy of it."""
+    """The task's teacher after so many passes over the training text; yields the stage that trains a copy of it.
+
+    The system's ``steps`` are the students'.
+    """
     large = replace(task, new_student=lambda: deepcopy(task.teacher).float().requires_grad_(True))
-    steps = task.system.steps or task.steps_of(epochs)
-    artifact = yield large.train("teacher", task.cross_entropy, steps=steps)
+    artifact = yield large.train("teacher", task.cross_entropy, steps=task.steps_of(epochs))
     return task.load(artifact)
 
 

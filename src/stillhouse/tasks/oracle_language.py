@@ -1,8 +1,9 @@
 """A language whose truth is known: a random network is the oracle, and nobody else knows it.
 
-Prompts are four letters of twelve; the oracle, a transformer that was never trained, goes on with up to six more. Its
-output weights are large, so that it has opinions; the others are small, so that these can be learnt. Teacher and
-student are networks that learn from what it says (the small check of card 019). Suffixes: N sequences, T tokens.
+Prompts are four letters of twelve, none of them twice: what is held out has not been trained on. The oracle, a
+transformer that was never trained, goes on with up to six more. Its output weights are large, so that it has opinions;
+the others are small, so that these can be learnt. Teacher and student are networks that learn from what it says (the
+small check of card 019). Suffixes: N sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stillhouse.base.errors import ConfigError
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
@@ -62,6 +64,15 @@ def oracle_network(recipe: OracleLanguage, *, seed: int) -> nn.Module:
     return model
 
 
+def drawn_prompts(count: int, generator: torch.Generator) -> list[list[int]]:
+    """Different prompts in random order."""
+    known = END**PROMPT
+    if count > known:
+        raise ConfigError(f"{count:,} prompts: the embedded language has {known:,} different ones; ask for fewer")
+    places_N = torch.randperm(known, generator=generator)[:count]
+    return torch.stack([places_N // END**place % END for place in range(PROMPT)], 1).tolist()
+
+
 def oracle_task(
     system: LanguageSystem, run: Run, recipe: OracleLanguage | None = None
 ) -> Generator[Stage, Artifact, LanguageTask]:
@@ -75,7 +86,7 @@ def oracle_task(
     tokenizer, oracle = symbol_tokenizer(LETTERS), oracle_network(recipe, seed=system.seed)
     generator = torch.Generator().manual_seed(system.seed)
     count = recipe.prompts + recipe.selection + recipe.validation
-    prompts = torch.randint(END, (count, PROMPT), generator=generator).tolist()
+    prompts = drawn_prompts(count, generator)
     written = LiveSampler(oracle, Coder(tokenizer), RESPONSE).write(prompts, seed=system.seed)
     columns = pack_rows([(prompt, one.ids) for prompt, one in zip(prompts, written, strict=True)], END)
     sizes = (recipe.prompts, recipe.selection, recipe.validation)
@@ -84,7 +95,7 @@ def oracle_task(
         WindowSplit({name: part[place] for name, part in parts.items()}) for place in range(3)
     )
     predicted = int(parts["loss_mask"][2].sum())
-    content = hashlib.sha256(repr((recipe, system.seed)).encode()).hexdigest()
+    content = hashlib.sha256(repr((recipe, system.seed, prompts)).encode()).hexdigest()
     windows = Windows(
         train,
         selection,

@@ -27,6 +27,7 @@ from stillhouse.models.text_classifier import load_text_classifier, new_text_cla
 from stillhouse.models.word_replacement import WordReplacer, load_word_model
 from stillhouse.objectives.encoders import LatentMatch, SoftTargets
 from stillhouse.objectives.regression import SquaredError
+from stillhouse.tasks.segments import move_on
 from stillhouse.tasks.text_classification import (
     DEMO,
     Examples,
@@ -142,8 +143,13 @@ class PhasedTask(TextClassificationTask):
         model = load_text_classifier(str(self.tuned)) if phase.teacher == "fine-tuned" else self.new_classifier()
         return Observed(model, frozen=True, name="teacher")
 
-    def distil(self, phase: Phase, student: Any, before: Artifact | None, *, last: bool, temperature: float) -> Train:
-        """A stage of one phase on ``student``; the map of the latent loss goes on from the phase ``before``."""
+    def distil(
+        self, phase: Phase, student: Any, before: Artifact | None, *, drawn: int, last: bool, temperature: float
+    ) -> Train:
+        """A stage of one phase on ``student``; the map of the latent loss goes on from the phase ``before``.
+
+        ``drawn``: batches that earlier phases have drawn from this phase's text, which it goes on from.
+        """
         teacher = self.teacher(phase)
         latent: list[LatentMatch] = []
 
@@ -172,13 +178,15 @@ class PhasedTask(TextClassificationTask):
                 save_file(latent[0].projection.state_dict(), folder / PROJECTION)
 
         rows = self.general if phase.data == "general" else self.augmented
+        source = self.source(rows)
+        move_on(source, drawn)
         stage = self.finetune(
             "student" if last else phase.name,
             student,
             objective,
             steps=phase.steps or self.steps_of(phase.epochs, len(rows)),
             lr=phase.lr,
-            source=self.source(rows),
+            source=source,
         )
         stage.save = save
         return stage
@@ -186,10 +194,16 @@ class PhasedTask(TextClassificationTask):
     def through(
         self, phases: Sequence[Phase], sizes: str, *, temperature: float
     ) -> Generator[Stage, Artifact, Artifact]:
-        """All phases in order, each from the weights of the one before with a fresh optimiser; returns the student."""
-        student, before = self.new_student(sizes), None
+        """All phases in order, each from the weights of the one before with a fresh optimiser; returns the student.
+
+        Phases on the same text go through it one after the other: what one has read, the next one does not begin with.
+        """
+        student, before, drawn = self.new_student(sizes), None, dict.fromkeys(CHOICES["data"], 0)
         for phase in phases:
-            before = yield self.distil(phase, student, before, last=phase is phases[-1], temperature=temperature)
+            options: dict[str, Any] = {"drawn": drawn[phase.data], "last": phase is phases[-1]}
+            stage = self.distil(phase, student, before, temperature=temperature, **options)
+            drawn[phase.data] += stage.steps * stage.accumulate
+            before = yield stage
             student = load_text_classifier(str(before.path))
         assert before is not None
         return before

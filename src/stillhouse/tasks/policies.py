@@ -8,8 +8,9 @@ a configuration of `PolicySystem`, and overrides ``objective`` or ``chooser`` wh
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -25,7 +26,8 @@ from stillhouse.core.run import Run
 from stillhouse.core.stage import Generate, Stage
 from stillhouse.data.responses import Coder, Row, pack_rows
 from stillhouse.data.sources import Batches
-from stillhouse.data.windows import conversation_windows
+from stillhouse.data.text import load_text
+from stillhouse.data.windows import conversation_windows, tokenize_windows
 from stillhouse.losses.divergences import (
     AlphaBeta,
     ForwardKL,
@@ -36,11 +38,13 @@ from stillhouse.losses.divergences import (
     SkewedReverseKL,
     TotalVariation,
 )
+from stillhouse.metrics.diversity import diversity
 from stillhouse.metrics.language import compare_causal_lms
 from stillhouse.objectives.cached import CachedTokenMatch
 from stillhouse.objectives.language import TokenCrossEntropy, TokenMatch, head_of
-from stillhouse.rl.policies import Chooser, PolicySource, Share, prompts_of
-from stillhouse.rl.sampling import LiveSampler, ServerSampler, Writer
+from stillhouse.objectives.responses import response_logprobs
+from stillhouse.rl.policies import Chooser, PolicySource, ReusedText, Share, prompts_of
+from stillhouse.rl.sampling import LiveSampler, ServerSampler, Writer, resting
 from stillhouse.tasks.language import LanguageSystem, LanguageTask, endpoint_of
 from stillhouse.tasks.language_cache import teacher_from_cache
 from stillhouse.teachers.answers import Request, Sampling
@@ -71,6 +75,14 @@ OWN_TEXT = [
     Column("distinct", "distinct 4-grams", ".1%", "higher", "share of different 4-grams in the model's own text"),
 ]
 
+DIVERSITY = [
+    Column("different", "different", ".1%", "higher", "share of different responses among those to one prompt"),
+    Column("distinct_1", "distinct-1", ".1%", "higher", "share of different tokens in the responses to one prompt"),
+    Column("distinct_2", "distinct-2", ".1%", "higher", "share of different pairs of tokens in them"),
+    Column("self_bleu", "self-BLEU", ".3f", "lower", "how much of a response is in the others to the same prompt"),
+    Column("own_entropy", "entropy", ".3f", "higher", "of a response given its prompt, nats a token"),
+]
+
 
 @dataclass(kw_only=True)
 class PolicySystem(LanguageSystem):
@@ -88,8 +100,17 @@ class PolicySystem(LanguageSystem):
     sampling_temperature: Annotated[float, "of what is written; 0 takes the likeliest token", Ge(0)] = 1.0
     top_p: Annotated[float, "nucleus of what is written", Gt(0), Le(1)] = 1.0
     teacher_share: TeacherShareField = 0.0
+    accept: Annotated[
+        int | None,
+        "speculative KD: a token of the student's that is not among the teacher's so many likeliest the teacher draws "
+        "anew (25 in the paper)",
+        Ge(1),
+    ] = None
     replay: ReplayField = 0
     lm_weight: LanguageLossField = 0.0
+    lm_data: Annotated[str | None, "other text for lm_weight: file, folder or hub data set; by default the data's"] = (
+        None
+    )
     beams: BeamsField = 1
     teacher_topk: Annotated[
         int | None,
@@ -104,6 +125,9 @@ class PolicySystem(LanguageSystem):
         str | None, "OpenAI-compatible server that writes for the student (vLLM): URL#MODEL; its weights may be stale"
     ] = None
     own_prompts: Annotated[int, "held-out prompts that models go on from, for the final table", Ge(1)] = 64
+    own_responses: Annotated[
+        int, "responses to each of them, to see how they differ (diversity probe); 0: not looked at", Ge(0)
+    ] = 0
 
     demo: ClassVar[dict[str, Any]] = {**LanguageSystem.demo, "prompt_tokens": 32, "new_tokens": 96, "baseline": False}
     smoke: ClassVar[dict[str, Any]] = {"prompt_tokens": 6, "new_tokens": 8, "own_prompts": 4}
@@ -115,7 +139,7 @@ class PolicySystem(LanguageSystem):
         def objective(student: Observed) -> Objective:
             return self.with_text(self.objective(policies, student), task, student)
 
-        stage = task.train("student", objective, source=policies.source)
+        stage = task.train("student", objective, source=partial(self.source, policies))
         models = {"student": (yield stage)}
         if self.baseline:
             models["baseline"] = yield task.baseline()
@@ -135,27 +159,35 @@ class PolicySystem(LanguageSystem):
 
     def columns(self) -> list[Column]:
         """Columns of what is measured besides a language model's own."""
-        return list(OWN_TEXT)
+        return [*OWN_TEXT, *(DIVERSITY if self.own_responses else [])]
+
+    def source(self, policies: Policies, student: Observed) -> Any:
+        """Batches for the student."""
+        return policies.source(student)
 
     def objective(self, policies: Policies, student: Observed) -> Objective:
         """What the student minimises on a batch, whoever wrote it."""
-        task = policies.task
         if self.divergence == "labels":
-            return TokenCrossEntropy(head_of(student), vocab_size=task.vocab_size)
+            return TokenCrossEntropy(head_of(student), vocab_size=policies.task.vocab_size)
+        match = self.matcher(policies, student)
+        if self.own_divergence is None:
+            return match(self.divergence, None)
+        return match(self.divergence, "given") + match(self.own_divergence, "own")
+
+    def matcher(self, policies: Policies, student: Observed) -> Callable[[Divergence, str | None], Objective]:
+        """Makes the term of a divergence on the rows of an entry of the batch, or on all."""
         kept, head = policies.kept, head_of(student)
-        live = head_of(task.observed_teacher()) if kept is None else None
+        live = head_of(policies.task.observed_teacher()) if kept is None else None
 
         def match(name: Divergence, rows: str | None) -> Objective:
             divergence = self.row_divergence(name)
-            common: dict[str, Any] = {"rows": rows, "vocab_size": task.vocab_size}
+            common: dict[str, Any] = {"rows": rows, "vocab_size": policies.task.vocab_size}
             if kept is not None:
                 return CachedTokenMatch(head, kept, divergence, whole=policies.whole, **common)
             assert live is not None
             return TokenMatch(head, live, divergence, **common)
 
-        if self.own_divergence is None:
-            return match(self.divergence, None)
-        return match(self.divergence, "given") + match(self.own_divergence, "own")
+        return match
 
     def with_text(self, objective: Objective, task: LanguageTask, student: Observed) -> Objective:
         """``objective`` and the cross-entropy on the data's text beside it, where that has a weight."""
@@ -241,12 +273,19 @@ class Policies:
     def student_writer(self, student: Observed) -> Writer:
         """The student in this process, or the server that stands for it."""
         if self.system.server is None:
-            teacher = self.task.teacher if self.system.teacher_share else None
-            return self.sampler(
-                student.module, sharded=[student.tapped], teacher=teacher, teacher_share=self.system.teacher_share
+            how = {"teacher_share": self.system.teacher_share, "accept": self.system.accept}
+            if not any(how.values()):
+                return self.sampler(student.module, sharded=[student.tapped])
+            if all(how.values()):
+                raise ConfigError(
+                    "teacher_share and accept are two ways for the teacher to write along; set one of them"
+                )
+            teacher = self.task.observed_teacher().module
+            return self.sampler(student.module, sharded=[student.tapped], teacher=teacher, **how)
+        if self.system.teacher_share or self.system.accept:
+            raise ConfigError(
+                "teacher_share and accept need both models in one process: they do not go with server=..."
             )
-        if self.system.teacher_share:
-            raise ConfigError("teacher_share needs both models in one process, so it does not go with server=...")
         server = endpoint_of(self.system.server)
         if server is None:
             raise ConfigError(
@@ -266,9 +305,12 @@ class Policies:
         return source if self.scorer is None else Scored(source, self.scorer)
 
     def _source(self, student: Observed) -> Any:
-        system, chooser = self.system, self.system.chooser()
-        if chooser == Share(0.0):
-            return self.texts
+        chooser = self.system.chooser()
+        return self.texts if chooser == Share(0.0) else self.mixed(student, chooser, self.beside())
+
+    def mixed(self, student: Observed, chooser: Chooser, beside: Batches | None = None) -> PolicySource:
+        """Batches of which ``chooser`` says whose text they are; each with one of ``beside`` as its ``text``."""
+        system = self.system
         steps = (system.steps or self.task.steps_of(system.epochs)) * system.accumulate
 
         def held_out() -> float:
@@ -284,9 +326,47 @@ class Policies:
             capacity=system.replay,
             watch=held_out if system.replay else None,
             watch_every=max(1, steps // 10),
-            beside=self.task.batches() if system.lm_weight else None,
+            beside=beside,
             seed=system.seed,
         )
+
+    def in_rounds(self, student: Observed, *, rollouts: int, times: int) -> ReusedText:
+        """Batches of the student's own text, written ``rollouts`` responses at a time and used ``times`` over.
+
+        They say how likely a token was to the student when it was written (``old_logp``), and how much likelier to the
+        teacher (``gain``), each (N).
+        """
+        device, teacher = self.task.run.fabric, self.task.observed_teacher()
+        heads = head_of(student), head_of(teacher)
+
+        def note(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+            batch = device.to_device(batch)
+            with resting(student.module), device.autocast():
+                logp_N, teacher_N = (response_logprobs(head, batch).float().cpu() for head in heads)
+            return {"old_logp": logp_N, "gain": teacher_N - logp_N}
+
+        return ReusedText(
+            self.mixed(student, Share(1.0)),
+            note,
+            batches=max(1, rollouts // self.system.batch_size),
+            times=times,
+            beside=self.beside(),
+            seed=self.system.seed,
+        )
+
+    def beside(self) -> Batches | None:
+        """The text of the cross-entropy beside the student's own, where that has a weight."""
+        system = self.system
+        if not system.lm_weight or system.lm_data is None:
+            return self.task.batches() if system.lm_weight else None
+        windows = tokenize_windows(
+            load_text(system.lm_data, on_bad_record=system.on_bad_record),
+            self.task.tokenizer,
+            window=system.window,
+            validation=system.validation,
+            selection=system.selection,
+        )
+        return Batches(windows.train, system.batch_size, seed=system.seed, gather=True)
 
     # -- the teacher's text -----------------------------------------------------------------------------------------
 
@@ -372,17 +452,32 @@ class Policies:
         device, held_out = self.task.run.fabric.device, self.task.windows.validation
         count = min(self.system.own_prompts, len(held_out))
         prompts = prompts_of(held_out[list(range(count))], self.system.prompt_tokens)
-        written = self.sampler(model, temperature=1.0).write(prompts, seed=self.system.seed)
+        sampler = self.sampler(model, temperature=1.0)
+        written = sampler.write(prompts, seed=self.system.seed)
         rows: list[Row] = [(prompt, one.ids) for prompt, one in zip(prompts, written, strict=True)]
         parts = (pack_rows(rows[start : start + 8], self.coder.pad) for start in range(0, count, 8))
-        batches = map(self.task.run.fabric.to_device, parts)
+        batches = list(map(self.task.run.fabric.to_device, parts))
         grams = [one.ids[start : start + 4] for one in written for start in range(len(one.ids) - 3)]
-        distinct = {"distinct": len(set(grams)) / max(1, len(grams))}
+        figures = {"distinct": len(set(grams)) / max(1, len(grams))}
+        if self.system.own_responses:
+            figures |= self._diversity(sampler, prompts)
+            figures["own_entropy"] = compare_causal_lms({"m": model}, batches, vocab_size=self.task.vocab_size)[
+                "m"
+            ].loss
         if self.task.teacher is None:
-            return distinct
+            return figures
         models = {"teacher": self.task.teacher.to(device), "model": model}
         found = compare_causal_lms(models, batches, vocab_size=self.task.vocab_size, reference="teacher")
-        return {"own_kl": found["model"].reverse_kl, "own_nll": found["teacher"].loss, **distinct}
+        return {"own_kl": found["model"].reverse_kl, "own_nll": found["teacher"].loss, **figures}
+
+    def _diversity(self, sampler: LiveSampler, prompts: list[list[int]]) -> dict[str, float]:
+        """How the responses to one prompt differ; see `stillhouse.metrics.diversity`."""
+        times = self.system.own_responses
+        again = [prompt for prompt in prompts for _ in range(times)]
+        ids = [one.ids for one in sampler.write(again, seed=self.system.seed + 1)]
+        found = diversity([ids[start : start + times] for start in range(0, len(ids), times)])
+        distinct = {f"distinct_{n}": found.distinct[n] for n in (1, 2)}
+        return {"different": found.different, "self_bleu": found.self_bleu, **distinct}
 
 
 def opening(document: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ from stillhouse.core.run import Run
 from stillhouse.core.schedule import cosine
 from stillhouse.core.stage import Context, Evaluate, Generate, Stage
 from stillhouse.core.train import Train
-from stillhouse.data.preferences import Preference, chain_score, ranked, read_preferences
+from stillhouse.data.preferences import Preference, Scored, chain_score, ranked, read_preferences
 from stillhouse.data.reasoning import ArithmeticChain, Problem, Puzzle, split_problems
 from stillhouse.data.responses import Coder, Row, pack_rows, response_tokens
 from stillhouse.data.sources import Batches
@@ -142,13 +142,14 @@ class PreferenceTask(ReasoningTask):
                 for place, (problem, said) in enumerate(zip(group, written, strict=True)):
                     if (key := str(start + place)) in left:
                         scores = [_score(self, one.text, problem) for one in said]
-                        yield key, {"texts": [one.text for one in said], "scores": scores}
+                        cut = [not one.finished for one in said]
+                        yield key, {"texts": [one.text for one in said], "scores": scores, "cut": cut}
 
         requests = {str(number): problem for number, problem in enumerate(self.train_problems)}
         made = yield Generate("pairs", requests, write, together=True)
         rows = pq.read_table(made.data_file()).to_pylist()
         prompts = [requests[row["key"]]["prompt"] for row in rows]
-        scored = [list(zip(row["texts"], row["scores"], strict=True)) for row in rows]
+        scored = [list(map(Scored, row["texts"], row["scores"], row["cut"])) for row in rows]
         pairs = ranked(prompts, scored, flip=system.flip, seed=("flip", system.seed))
         if len(pairs) < 2:
             raise DataError(
@@ -171,9 +172,9 @@ class PreferenceTask(ReasoningTask):
             self.test_problems = kept[: system.eval_problems]
 
     def _fits(self, system: PreferenceSystem, pair: Preference) -> bool:
-        responses = (self.coder.response(text) for text in (pair.chosen, pair.rejected))
-        longest = max(map(len, responses))
-        return longest <= system.max_new_tokens + 1 and len(self.coder.prompt(pair.prompt)) <= system.max_prompt
+        rows = self._rows(pair, swapped=False)
+        longest = max(len(response) for _, response in rows)
+        return longest <= system.max_new_tokens + 1 and len(rows[0][0]) <= system.max_prompt
 
     # -- stages -----------------------------------------------------------------------------------------------------
 
@@ -196,8 +197,16 @@ class PreferenceTask(ReasoningTask):
         return self.align(name, system, student, objective, source=source, steps=steps, lr=system.dpo_lr)
 
     def _rows(self, pair: Preference, *, swapped: bool) -> tuple[Row, Row]:
-        better, worse = (self.coder.row(pair.prompt, text) for text in (pair.chosen, pair.rejected))
+        better, worse = (
+            self._row(pair.prompt, text, cut=cut)
+            for text, cut in zip((pair.chosen, pair.rejected), pair.cut, strict=True)
+        )
         return (worse, better) if swapped else (better, worse)
+
+    def _row(self, prompt: str, text: str, *, cut: bool) -> Row:
+        """A response that was cut has no end: the model wrote none, and is not to learn where to stop from it."""
+        ids, response = self.coder.row(prompt, text)
+        return ids, response[:-1] if cut else response
 
     def align(
         self,

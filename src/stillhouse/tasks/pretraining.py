@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from stillhouse.base.errors import ConfigError
+from stillhouse.base.errors import ConfigError, RunError
 from stillhouse.base.table import Column, Table
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
@@ -30,12 +31,14 @@ from stillhouse.metrics.scaling_law import batch_size_law, fit_scaling_law
 from stillhouse.models.causal_lm import load_causal_lm, parameter_count, student_from_spec
 from stillhouse.models.mup import mup_adamw, mup_config, new_mup_lm, router_paths, upcycled
 from stillhouse.objectives.language import TokenCrossEntropy, head_of
-from stillhouse.objectives.lr_schedules import Course, Form, Segment, plan
+from stillhouse.objectives.lr_schedules import Course, Form, Segment, decay_form, plan
 from stillhouse.objectives.responses import PairLoss, Pairs
 from stillhouse.objectives.routing import LoadBalance
+from stillhouse.tasks.context_extension import extended, long_rows
+from stillhouse.tasks.landscape import Valley
 from stillhouse.tasks.language import LanguageSystem, LanguageTask, save_pretrained
 from stillhouse.tasks.pictures import curves_picture
-from stillhouse.tasks.segments import segment_stage, train_segments
+from stillhouse.tasks.segments import move_on, segment_stage, train_segments
 
 ACTIVE = 2  # experts that read a token
 FREE = (2e-3, 5.0)  # exponents outside were stopped by the fit's bounds
@@ -69,6 +72,36 @@ class PretrainingSystem(LanguageSystem):
     experts: Annotated[int, "experts of an upcycled model, two of them active; 0: none", Ge(0)] = 0
     expert_steps: Annotated[int, "steps of upcycled training", Ge(1)] = 5000
     balance: Annotated[float, "weight of the load-balancing loss", Ge(0)] = 0.01
+    long_windows: Annotated[
+        tuple[int, ...],
+        "longer contexts to go on to from the stable model (32768,131072), a phase each; none: no phase",
+    ] = ()
+    long_data: Annotated[str | None, "text with long documents; by default the long ones of data"] = None
+    long_share: Annotated[float, "share of a phase's tokens that are long documents'", Gt(0), Lt(1)] = 0.44
+    long_base: Annotated[float, "what RoPE's base is multiplied with in the first; later ones scale by NTK", Ge(1)] = (
+        50.0
+    )
+    long_steps: Annotated[int, "steps of a phase", Ge(1)] = 1000
+    dynamics: Annotated[bool, "measure gradients, curvature and movement in the stable phase and in the decay"] = False
+
+
+class Trial(Stage):
+    """A training that may diverge: it then leaves a note of that, and no figures."""
+
+    kind = "Train"
+
+    def __init__(self, stage: Train) -> None:
+        super().__init__(stage.name)
+        self.stage = stage
+
+    def execute(self, context: Context) -> str:
+        try:
+            return self.stage.execute(context)
+        except RunError as error:
+            if " became " not in str(error):  # what the loop says of a value or a weight that is no number
+                raise
+            context.run.say(f"{self.name}: diverged")
+            return context.save({"diverged": str(error)}) if context.run.main else "none"
 
 
 @dataclass
@@ -80,18 +113,25 @@ class Pretraining:
     lr: float
 
     system: PretrainingSystem
+    held_out: frozenset[str] = frozenset()  # answers of the better data that nothing is to learn
 
     @staticmethod
     def begin(task: LanguageTask, system: PretrainingSystem) -> Pretraining:
         """Read the better data; what is held out of it does not depend on the seed."""
+        if system.long_windows:
+            long_rows(task, system)  # what is wrong with them is said before anything is trained
+        data = load_quality(system.quality)
         quality = tokenize_windows(
-            load_quality(system.quality),
+            data,
             task.tokenizer,
             window=system.window,
             validation=system.validation,
             selection=system.selection,
         )
-        return Pretraining(task, quality, system.lr, system)
+        known = set(quality.documents)
+        answers = enumerate(data.documents["completion"] if data.kind == "prompt-completion" else ())
+        held_out = frozenset(answer for number, answer in answers if number not in known)
+        return Pretraining(task, quality, system.lr, system, held_out)
 
     def sized(self, width: int | None = None) -> LanguageTask:
         """The task with a new student: the system's shape, or that with another width. Loaded models stay."""
@@ -122,7 +162,10 @@ class Pretraining:
     # -- before: the rate and the law -------------------------------------------------------------------------------
 
     def choose_rate(self) -> Generator[Stage, Artifact, None]:
-        """Train a small model of each width with each rate; the best rate of the widest is used from here on."""
+        """Train a small model of each width with each rate; the best rate of the widest is used from here on.
+
+        The loss of a rate that diverges is infinite.
+        """
         widths, rates, steps = self.system.tunnel_widths, self.system.tunnel_rates, self.system.tunnel_steps
         losses: dict[tuple[int, float], float] = {}
         for width in widths:
@@ -136,7 +179,8 @@ class Pretraining:
                     objective=self.task.cross_entropy,
                     optimizer=self.optimizer(rate),
                 )
-                losses[width, rate] = (yield stage).metrics["selection_loss"]
+                loss = (yield Trial(stage)).metrics.get("selection_loss", math.inf)
+                losses[width, rate] = loss if math.isfinite(loss) else math.inf
         if losses:
             yield Evaluate("wind-tunnel", partial(tunnel_table, losses))
             self.lr = best_rate(losses)
@@ -148,7 +192,8 @@ class Pretraining:
             targets = [round(share * steps) for share in system.law_targets]
             points = yield from self.grow(system.law_widths, targets, **shape)
             compute = 6 * max(n for n, *_ in points) * max(d for _, d, _ in points)
-            yield Evaluate("scaling-law", partial(law_table, points, compute))
+            cost = law_cost(targets, shape["decay"]), sum(targets)
+            yield Evaluate("scaling-law", partial(law_table, points, compute, cost))
 
     def grow(
         self, widths: Sequence[int], targets: Sequence[int], *, form: Form, floor: float, decay: float, warmup: int
@@ -176,10 +221,15 @@ class Pretraining:
 
     # -- after: better data, answers, preferences, experts ------------------------------------------------------------
 
+    def better_rows(self, share: float, steps: int | None = None) -> int:
+        """Rows of the better data in a batch of which they are this share, or in so many steps of such batches."""
+        system = self.task.system
+        return round(share * system.batch_size) * (1 if steps is None else steps * system.accumulate)
+
     def mixed(self, share: float, step: int) -> Any:
         """Batches with ``share`` of their rows from the better data, the rest where the text stands at ``step``."""
         system = self.task.system
-        better = round(share * system.batch_size)
+        better = self.better_rows(share)
         rest = system.batch_size - better
         if not 0 < better < system.batch_size:
             raise ConfigError(f"mix={share}: a batch of {system.batch_size} would hold {better} of the better rows")
@@ -189,14 +239,16 @@ class Pretraining:
         rows = Batches(self.quality.train, better, seed=system.seed, gather=True, collate=all_tokens)
         return Mixed([text, rows])
 
-    def fine_tune(self, name: str, start: Artifact, *, steps: int, lr: float, batch_size: int) -> Train:
-        """Supervised fine-tuning on the answers of the better data."""
+    def fine_tune(self, name: str, start: Artifact, *, steps: int, lr: float, batch_size: int, read: int = 0) -> Train:
+        """Supervised fine-tuning on the answers of the better data, from where ``read`` rows of it were left."""
         begin = str(start.path)
         task = replace(self.task, new_student=lambda: load_causal_lm(begin)[0].float())
         stage = task.train(name, task.cross_entropy, steps=steps)
         _player(stage).optimizer = self.optimizer(lr)(_player(stage).trained[0].module)
         _player(stage).lr = cosine(1.0, 0.0, warmup=0.05)
-        stage.source, stage.best = Batches(self.quality.train, batch_size, seed=task.system.seed, gather=True), None
+        rows = Batches(self.quality.train, batch_size, seed=task.system.seed, gather=True)
+        move_on(rows, -(-read // rows.batch_size))
+        stage.source, stage.best = rows, None
         return stage
 
     def prefer(self, name: str, start: Artifact, source: str, *, epochs: float, lr: float, beta: float) -> Train:
@@ -204,7 +256,8 @@ class Pretraining:
         begin, system, coder = str(start.path), self.task.system, Coder(self.task.tokenizer)
         task = replace(self.task, new_student=lambda: load_causal_lm(begin)[0].float())
         found = load_preferences(source, seed=system.seed)
-        rows = [(coder.row(p.prompt, p.chosen), coder.row(p.prompt, p.rejected)) for p in found]
+        free = [p for p in found if p.chosen not in self.held_out]
+        rows = [(coder.row(p.prompt, p.chosen), coder.row(p.prompt, p.rejected)) for p in free]
         fitting = [pair for pair in rows if all(len(a) + len(b) <= system.window for a, b in pair)]
         if not fitting:
             raise ConfigError(f"preferences={source}: none of {len(rows)} pairs fits into window={system.window}")
@@ -244,7 +297,7 @@ class Pretraining:
         return stage
 
     def variants(self, stable: Artifact, student: Artifact) -> Generator[Stage, Artifact, dict[str, Artifact]]:
-        """DPO after fine-tuning, and experts grown out of the stable model, where the system asks for them."""
+        """DPO after fine-tuning, experts and longer contexts from the stable model, where the system asks for them."""
         system, models = self.system, {}
         if system.preferences:
             models["dpo"] = yield self.prefer(
@@ -257,7 +310,14 @@ class Pretraining:
             models["experts"] = yield self.experts(
                 "experts", begin, steps=system.expert_steps, active=ACTIVE, balance=system.balance
             )
+        models |= yield from extended(self, stable)
         return models
+
+    def dynamics(self, parts: Sequence[tuple[Segment, Artifact | None, Artifact]]) -> Generator[Stage, Artifact, None]:
+        """What gradients and weights do in the parts of a schedule (segment, what it began with, what it left)."""
+        if self.system.dynamics:
+            new = self.sized().new_student
+            yield Evaluate("dynamics", partial(Valley(self.task).dynamics, parts, new))
 
     def figures(self, models: Mapping[str, Artifact], context: Context) -> Table:
         """Losses on held-out text and on held-out answers of the better data."""
@@ -291,30 +351,58 @@ def tunnel_table(losses: Mapping[tuple[int, float], float], context: Context) ->
     rates = sorted({rate for _, rate in losses})
     rows: list[dict[str, Any]] = []
     for width in sorted({width for width, _ in losses}):
-        row = {f"{rate:g}": losses[width, rate] for rate in rates}
-        best = min(rates, key=lambda rate: losses[width, rate])
-        rows.append({"name": str(width), **row, "best": best, "batch": batch_size_law(losses[width, best])})
-        context.results[f"{width}/best lr"] = best
+        row: dict[str, Any] = {f"{r:g}": losses[width, r] for r in rates if math.isfinite(losses[width, r])}
+        if row:
+            best = min(rates, key=lambda rate: losses[width, rate])
+            row |= {"best": best, "batch": batch_size_law(losses[width, best])}
+            context.results[f"{width}/best lr"] = best
+        rows.append({"name": str(width), **row})
     columns = [
         *(Column(f"{rate:g}", f"lr {rate:g}", ".4f", "lower", "loss on the text to choose by") for rate in rates),
         Column("best", "best lr", "g"),
         Column("batch", "batch", ",.0f", None, "tokens, by MiniCPM's law for C4: 1.21e9 / loss^6.24"),
     ]
-    curves = {f"width {row['name']}": [(rate, row[f"{rate:g}"]) for rate in rates] for row in rows}
+    curves = {
+        f"width {row['name']}": [(rate, row[f"{rate:g}"]) for rate in rates if f"{rate:g}" in row]
+        for row in rows
+        if "best" in row
+    }
+    note = ["–: diverged."] * (not all(map(math.isfinite, losses.values())))
     picture = curves_picture(curves, x="learning rate", y="loss, nats per token", log_x=True)
-    return Table("Wind tunnel", columns, rows), {"tunnel.svg": picture}
+    return Table("Wind tunnel", columns, rows, note), {"tunnel.svg": picture}
 
 
 def best_rate(losses: Mapping[tuple[int, float], float]) -> float:
-    """The best rate of the widest model of a tunnel."""
+    """The best rate of the widest model of a tunnel.
+
+    Raises:
+        ConfigError: it diverged with all of them.
+    """
     widest = max(width for width, _ in losses)
-    return min((rate for width, rate in losses if width == widest), key=lambda rate: losses[widest, rate])
+    rates = {rate: loss for (width, rate), loss in losses.items() if width == widest}
+    if not any(map(math.isfinite, rates.values())):
+        tried = ", ".join(f"{rate:g}" for rate in rates)
+        raise ConfigError(f"tunnel_rates={tried}: all diverge at width {widest}; add lower ones")
+    return min(rates, key=lambda rate: rates[rate])
+
+
+def law_cost(targets: Sequence[int], decay: float) -> int:
+    """Steps of one size at all targets: one stable run up to the last decay, and a decay for each target.
+
+    Runs of their own would take the sum of the targets.
+    """
+    form = decay_form("linear", floor=0.0)
+    parts = plan("wsd", targets, form=form, floor=0.0, decay=decay, charged=False)
+    return sum(part.end - part.begin for part in parts)
 
 
 def law_table(
-    points: Sequence[tuple[float, float, float]], compute: float, context: Context
+    points: Sequence[tuple[float, float, float]], compute: float, cost: tuple[int, int], context: Context
 ) -> tuple[Table, dict[str, Any]]:
-    """Measured and fitted losses, the law's constants, and the best split of ``compute``."""
+    """Measured and fitted losses, the law's constants, and the best split of ``compute``.
+
+    ``cost``: steps of each size, with one stable run and with runs of their own.
+    """
     law = fit_scaling_law(*zip(*points, strict=True))
     rows = [{"name": f"{n:,.0f}", "d": d, "loss": loss, "fitted": law.loss(n, d)} for n, d, loss in points]
     columns = [Column("d", "tokens", ",.0f"), Column("loss", "loss", ".4f"), Column("fitted", "fitted", ".4f")]
@@ -325,6 +413,7 @@ def law_table(
         f"L = {law.c_n:.3g} N^-{law.alpha:.3f} + {law.c_d:.3g} D^-{law.beta:.3f} + {law.floor:.3f}, residual "
         f"{law.residual:.4f} nats.",
         f"{compute:.2g} FLOPs are best spent on {split.n:.3g} parameters and {split.d:.3g} tokens, by this fit.",
+        f"{cost[0]:,} steps for each size, by decays from one stable run; runs of their own would take {cost[1]:,}.",
     ]
     for name, exponent in (("N", law.alpha), ("D", law.beta)):
         if not FREE[0] < exponent < FREE[1] or law.residual > 0.05:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
 from stillhouse.audits.exposure import Canary, exposure_audit, next_token_logprobs, read_canaries
@@ -21,16 +21,18 @@ from stillhouse.core.observed import Observed
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Audit, Context, Stage, Transform
 from stillhouse.core.train import Train
-from stillhouse.data.private_tokens import Beside, frequency_scores, rule_scores
+from stillhouse.data.private_tokens import Beside, Spans, frequency_scores, rule_spans, span_scores
 from stillhouse.data.sources import Batches
 from stillhouse.losses.tempered import Noise
+from stillhouse.metrics.privacy_budget import spent_epsilon
 from stillhouse.models.causal_lm import load_causal_lm
+from stillhouse.models.token_classifier import entity_finder
 from stillhouse.objectives.private import PRIVACY, Draw, PrivateCrossEntropy
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
 from stillhouse.tasks.secrets import SecretTask, secret_task
 from stillhouse.teachers.cache import Numbered
 
-Scorer = Literal["rules", "ratio", "frequency", "none"]
+Scorer = Literal["rules", "ner", "ratio", "frequency", "none"]
 DEMO = "demo"
 SENSITIVITY = 2.0  # by how much two distributions can differ, summed over the outcomes
 
@@ -40,8 +42,9 @@ class Detector:
     """How the privacy of tokens is told.
 
     Args:
-        scorer: by ``rules``; by the log-``ratio`` of the teacher to a model that has not read the text; by the
-            ``frequency`` of what stands before; ``none``: nothing is private.
+        scorer: by ``rules``; by the names that the classifier ``ner`` finds; by the log-``ratio`` of the teacher to a
+            model that has not read the text; by the ``frequency`` of what stands before; ``none``: nothing is private.
+        ner: directory or hub id of a token classifier; beside the rules, it flags what they miss.
         patterns, around: of the rules: a further regular expression, and tokens flagged on both sides.
         slope, offset: of the ratio: s = sigmoid(slope (log-ratio - offset)).
         ngram, count: of the frequency: s = exp(-count of the n-gram before / count).
@@ -49,6 +52,7 @@ class Detector:
     """
 
     scorer: Scorer
+    ner: str | None = None
     patterns: str | None = None
     around: int = 0
     slope: float = 2.0
@@ -62,8 +66,8 @@ class Detector:
         task = found.task
         ids_NT = task.windows.train[:]["input_ids"]
         match self.scorer:
-            case "rules":
-                score_NT = rule_scores(ids_NT, task.tokenizer, extra=self.patterns, around=self.around)
+            case "rules" | "ner":
+                score_NT = span_scores(ids_NT, task.tokenizer, self._spans(task), around=self.around)
             case "frequency":
                 score_NT = frequency_scores(ids_NT, n=self.ngram, c=self.count)
             case "ratio":
@@ -74,6 +78,14 @@ class Detector:
             return score_NT
         even_NT = torch.rand(ids_NT.shape, generator=torch.Generator().manual_seed(seed))
         return score_NT.where(even_NT < self.recall, 0)
+
+    def _spans(self, task: LanguageTask) -> list[Spans]:
+        """What finds private places in a text."""
+        found = [rule_spans(self.patterns)] if self.scorer == "rules" else []
+        if self.ner is not None:
+            remote = task.system.trust_remote_code
+            found.append(entity_finder(self.ner, device=task.run.fabric.device, trust_remote_code=remote))
+        return found
 
     def _ratio(self, found: SecretTask) -> Tensor:
         task = found.task
@@ -92,8 +104,11 @@ class PrivacySystem(LanguageSystem):
     """Fields of systems that tell private tokens from others and look for secrets in what they trained."""
 
     scorer: Annotated[Scorer, "what tells private tokens"] = "rules"
+    ner: Annotated[
+        str | None, "directory or hub id of a token classifier that finds names, for scorer=ner or beside the rules"
+    ] = None
     patterns: Annotated[str | None, "rules: one more regular expression of what is private"] = None
-    around: Annotated[int, "rules: tokens on both sides that are flagged too", Ge(0)] = 0
+    around: Annotated[int, "rules, ner: tokens on both sides that are flagged too", Ge(0)] = 0
     reference: Annotated[str, "ratio: directory or hub id of a model that has not read the text"] = "demo"
     ratio_slope: Annotated[float, "ratio: k in s = sigmoid(k (log-ratio - b))", Gt(0)] = 2.0
     ratio_offset: Annotated[float, "ratio: b, nats"] = 2.0
@@ -113,11 +128,17 @@ class PrivacySystem(LanguageSystem):
     private_baseline: Annotated[bool, "also train a student by DP-SGD on the text; for small models"] = False
     dp_clip: Annotated[float, "DP-SGD: largest gradient norm of a sequence", Gt(0)] = 1.0
     dp_noise: Annotated[float, "DP-SGD: noise multiplier", Ge(0)] = 1.0
+    dp_delta: Annotated[
+        float | None, "DP-SGD: also say which epsilon it has spent at this delta (needs opacus)", Gt(0), Lt(1)
+    ] = None
 
     def detector(self) -> Detector:
         """What tells private tokens."""
+        if self.scorer == "ner" and self.ner is None:
+            raise ConfigError("scorer=ner needs a token classifier: give its directory or hub id as ner")
         return Detector(
             scorer=self.scorer,
+            ner=self.ner,
             patterns=self.patterns,
             around=self.around,
             slope=self.ratio_slope,
@@ -140,9 +161,15 @@ class PrivacySystem(LanguageSystem):
         }
 
     def private_student(self, task: LanguageTask) -> Train:
-        """The same student trained by DP-SGD on the text."""
+        """The same student trained by DP-SGD on the text; with ``dp_delta`` its figures have the epsilon it spent."""
         options: dict[str, Any] = {"clip": self.dp_clip, "multiplier": self.dp_noise, "seed": self.seed}
-        return task.train("private", partial(PrivateCrossEntropy, vocab_size=task.vocab_size, **options))
+        stage = task.train("private", partial(PrivateCrossEntropy, vocab_size=task.vocab_size, **options))
+        if self.dp_delta is not None:
+            rate, noisy = self.batch_size / len(task.windows.train), stage.steps * self.accumulate
+            spent = spent_epsilon(multiplier=self.dp_noise, rate=rate, steps=noisy, delta=self.dp_delta)
+            evaluate = stage.evaluate
+            stage.evaluate = lambda: {**(evaluate() if evaluate else {}), "epsilon": spent}
+        return stage
 
 
 def privacy_task(system: PrivacySystem, run: Run) -> Generator[Stage, Artifact, SecretTask]:

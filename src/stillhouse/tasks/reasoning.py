@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -41,6 +41,7 @@ from stillhouse.data.sources import Drawn
 from stillhouse.data.verifiers import Verifier, judged, verifier_named
 from stillhouse.metrics.reasoning import pass_at_k
 from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm, parameter_count
+from stillhouse.models.loading import load_tokenizer, local_folder
 from stillhouse.models.tokenizers import train_bpe
 from stillhouse.objectives.language import TokenCrossEntropy, head_of
 from stillhouse.objectives.responses import response_logprobs
@@ -170,6 +171,10 @@ class ReasoningTask:
 
     # -- models -----------------------------------------------------------------------------------------------------
 
+    def speaking_as(self, where: str | Artifact) -> Self:
+        """The same task for the model in ``where``: with its tokenizer, its end of text and its chat template."""
+        return replace(self, coder=coder_of(where if isinstance(where, str) else str(where.path), self.system))
+
     def load(self, where: str | Artifact) -> Any:
         """A model to train or to measure, in float32."""
         name = where if isinstance(where, str) else str(where.path)
@@ -227,7 +232,7 @@ class ReasoningTask:
             ema=options.pop("ema", None),
         )
         evaluate = partial(self._curve, student.module)
-        save = partial(_save, tokenizer=self.coder.tokenizer)
+        save = partial(save_with_tokenizer, tokenizer=self.coder.tokenizer)
         return Train(name, player, source=source, steps=steps, evaluate=evaluate, save=save, **options)
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
@@ -274,7 +279,7 @@ class ReasoningTask:
         more: Callable[[nn.Module], dict[str, float]] | None = None,
         columns: Sequence[Column] = (),
     ) -> Evaluate:
-        """The final table; ``more`` adds figures of a model, shown in ``columns``."""
+        """The final table, every model read by its own tokenizer; ``more`` adds figures, shown in ``columns``."""
         return Evaluate("evaluation", partial(self._evaluate, dict(models), more, columns))
 
     def _evaluate(
@@ -288,8 +293,8 @@ class ReasoningTask:
         shown: list[dict[str, Any]] = []
         n = self.system.eval_samples
         for name, where in models.items():
-            model = self.load(where).eval()
-            right = self.answers(model, samples=n)
+            model, own = self.load(where).eval(), self.speaking_as(where)
+            right = own.answers(model, samples=n)
             row: dict[str, Any] = {
                 "name": name,
                 "parameters": parameter_count(model),
@@ -302,7 +307,7 @@ class ReasoningTask:
             for place, problem in enumerate(self.test_problems[:3]):
                 if len(shown) <= place:
                     shown.append({"prompt": problem["prompt"], "outputs": {"answer": problem["answer"]}})
-                shown[place]["outputs"][name] = self.sampler(model).sample([problem["prompt"]], n=1, seed=1)[0][0].text
+                shown[place]["outputs"][name] = own.sampler(model).sample([problem["prompt"]], n=1, seed=1)[0][0].text
         note = f"{len(self.test_problems)} held-out problems, {n} answers to each at temperature 1."
         return Table("Held-out problems", [*COLUMNS, *columns], rows, [note]), {"samples.json": shown}
 
@@ -314,7 +319,15 @@ COLUMNS = [
 ]
 
 
-def _save(model: Any, folder: Any, *, tokenizer: Any) -> None:
+def coder_of(name: str, system: ReasoningSystem) -> Coder:
+    """The tokenizer of a model in a directory or on the hub, with its end of text and its chat template."""
+    trust = system.trust_remote_code
+    tokenizer = load_tokenizer(name, local_folder(name), revision="main", trust_remote_code=trust)
+    return Coder(tokenizer, chat=system.chat)
+
+
+def save_with_tokenizer(model: Any, folder: Any, *, tokenizer: Any) -> None:
+    """Write a model, and its tokenizer beside it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -361,4 +374,11 @@ def pretrain(name: str, puzzle: Puzzle, held_out: Sequence[Problem], corpus: Cor
         "config": {**config.to_dict(), "transformers_version": None},
     }
     source = Drawn(draw, seed=corpus.seed)
-    return Train(name, player, source=source, steps=corpus.steps, save=partial(_save, tokenizer=tokenizer), cache=cache)
+    return Train(
+        name,
+        player,
+        source=source,
+        steps=corpus.steps,
+        save=partial(save_with_tokenizer, tokenizer=tokenizer),
+        cache=cache,
+    )

@@ -7,7 +7,6 @@ Suffixes: N passages, T tokens.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -38,7 +37,15 @@ from stillhouse.metrics.sequence_loss import mean_loss, sequence_nats
 from stillhouse.models.causal_lm import new_causal_lm, student_from_spec
 from stillhouse.models.tokenizers import check_same_tokenizer, real_vocab_size
 from stillhouse.objectives.language import TokenMatch, head_of
-from stillhouse.tasks.language import DEMO, LanguageSystem, LanguageTask, endpoint_of, is_spec, load_student
+from stillhouse.tasks.language import (
+    DEMO,
+    LanguageSystem,
+    LanguageTask,
+    TaughtText,
+    endpoint_of,
+    is_spec,
+    load_student,
+)
 from stillhouse.tasks.selection_pictures import score_picture
 from stillhouse.teachers.cache import model_fingerprint
 from stillhouse.teachers.likelihood import EndpointLikelihood
@@ -80,7 +87,7 @@ class Refining:
                 f"reference={reference}: the architecture of a teacher behind an endpoint is not known; give the "
                 "directory or hub id of a small model with its tokenizer"
             )
-        scoring = yield from _scoring(system, run, reference)
+        scoring = (yield from TaughtText.prepare(system, run, student=reference)).task(student=reference)
         if scoring.windows.kind != "text":
             raise ConfigError(f"data={system.data}: passages are cut from plain text, and these are conversations")
         clean_NT = scoring.windows.train[:]["input_ids"]
@@ -319,17 +326,6 @@ def json_samples(rows: list[dict[str, Any]], corpus: Corpus, tokenizer: Any) -> 
             outputs[f"passage {row['passage']}: {row['score']:+.3f}{kind}"] = tokenizer.decode(ids)
         made.append({"prompt": label, "outputs": outputs})
     return made
-
-
-def _scoring(system: LanguageSystem, run: Run, reference: str) -> Generator[Stage, Artifact, LanguageTask]:
-    """The task of the same fields, but with the reference for its student."""
-    stand_in = copy.copy(system)
-    stand_in.__dict__["read"] = set()
-    stand_in.student = reference
-    task = yield from LanguageTask.prepare(stand_in, run)
-    # What was read counts for the system; what student it names decides nothing here.
-    system.__dict__["read"].update(stand_in.__dict__["read"] - {"student"})
-    return replace(task, system=system)
 
 
 def _losses(artifact: Artifact) -> Tensor:

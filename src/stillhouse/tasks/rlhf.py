@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, N response tokens of a batch.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,8 @@ from stillhouse.core.run import Run
 from stillhouse.core.schedule import cosine, linear
 from stillhouse.core.stage import Context, Evaluate, Stage, Transform
 from stillhouse.core.train import Train
-from stillhouse.data.reasoning import ArithmeticChain, Puzzle, draw_problems
-from stillhouse.data.responses import response_tokens
+from stillhouse.data.reasoning import ArithmeticChain, Problem, Puzzle, draw_problems
+from stillhouse.data.responses import Coder, response_tokens
 from stillhouse.data.sources import Drawn
 from stillhouse.data.verifiers import Verifier
 from stillhouse.metrics.stability import HORIZON, Stability, by_round
@@ -44,10 +44,11 @@ from stillhouse.rl.rewards import Added, RewardModel, ShapedReward, Unclosed
 from stillhouse.rl.rollouts import RolloutSource
 from stillhouse.rl.sampling import resting
 from stillhouse.tasks.pictures import curves_picture
-from stillhouse.tasks.reasoning import DEMO, Corpus, ReasoningSystem, ReasoningTask
+from stillhouse.tasks.reasoning import DEMO, Corpus, ReasoningSystem, ReasoningTask, save_with_tokenizer
 
 Style = Literal["ancestor", "instruct", "reasoning"]
 CLOSING, VERIFY = "!", "~"  # marks of the embedded task
+CHOOSING = 50  # held-out problems to choose by, at most
 
 
 @dataclass(kw_only=True)
@@ -143,7 +144,7 @@ class Family:
     system: RLHFSystem
     instruct: str
     reasoning: str
-    reward: Verifier
+    verifier: Verifier  # the reward without what length and the closing mark are worth
 
     @staticmethod
     def prepare(
@@ -168,15 +169,7 @@ class Family:
             device = run.fabric.device
             scorer = RewardModel(system.reward_model, device=device, trust_remote_code=system.trust_remote_code)
             verifier = Added((verifier, scorer))
-        reward = ShapedReward(
-            verifier,
-            lambda text: len(task.coder.response(text)),
-            free=system.free_tokens,
-            per_token=system.token_cost,
-            closing=system.closing,
-            bonus=system.closing_bonus,
-        )
-        family = Family(task, system, instruct, reasoning, reward)
+        family = Family(task, system, instruct, reasoning, verifier)
         if instruct == DEMO:
             corpora = [
                 StyleCorpus(steps=tuning[style], style=style, lr=lr, seed=system.seed)
@@ -211,21 +204,37 @@ class Family:
             ),
             source=Drawn(draw, seed=corpus.seed),
             steps=corpus.steps,
-            save=self._save,
+            save=partial(save_with_tokenizer, tokenizer=task.coder.tokenizer),
             cache={**asdict(corpus), "ancestor": asdict(ancestor), "puzzle": repr(puzzle), "without": sorted(without)},
         )
 
-    def _save(self, model: Any, folder: Path) -> None:
-        model.save_pretrained(folder)
-        self.task.coder.tokenizer.save_pretrained(folder)
+    def set_aside(self) -> list[Problem]:
+        """Held-out problems that choices are made by; from here on they are not reported on.
+
+        Raises:
+            ConfigError: a single one is held out.
+        """
+        held_out = self.task.held_out
+        count = min(CHOOSING, len(held_out) // 2)
+        if not count:
+            raise ConfigError("sweep: one held-out problem cannot be both chosen by and reported on; raise validation")
+        reported = held_out[:-count][: self.system.eval_problems]
+        self.task = replace(self.task, test_problems=reported)
+        return held_out[-count:]
 
     def merged(self, name: str, *, share: float, alpha: float, **how: Any) -> Transform:
-        """The stage that merges instruct and reasoning by ``share``, then with the ancestor by ``alpha``."""
-        others, coefficients = [self.instruct, self.reasoning], balanced(share, alpha)
+        """The stage that merges instruct and reasoning by ``share``, then with the ancestor by ``alpha``.
+
+        A model of which nothing is taken has no part in it; the tokenizer, the chat template and the generation
+        settings are the instructed model's, else the reasoning model's, else the ancestor's.
+        """
+        coefficients = balanced(share, alpha)
+        taken = [pair for pair in zip((self.instruct, self.reasoning), coefficients, strict=True) if pair[1]]
+        others, weights = [one for one, _ in taken], [weight for _, weight in taken]
         trust = self.system.trust_remote_code
 
         def save(_: Any, folder: Path) -> None:
-            merge_directories(self.task.base, others, coefficients, folder, trust_remote_code=trust, **how)
+            merge_directories(self.task.base, others, weights, folder, trust_remote_code=trust, **how)
 
         def note(context: Context) -> None:
             context.results = dict(zip(("instruct", "reasoning"), coefficients, strict=True))
@@ -233,9 +242,25 @@ class Family:
 
         return Transform(name, note, save=save)
 
-    def reinforced(self, name: str, start: Artifact, *, steps: int) -> Train:
-        """The stage that reinforces ``start``; every step is logged, for `stability`."""
-        system, task = self.system, self.task
+    def reward(self, coder: Coder) -> ShapedReward:
+        """The reward of responses whose tokens are those of ``coder``."""
+        return ShapedReward(
+            self.verifier,
+            lambda text: len(coder.response(text)),
+            free=self.system.free_tokens,
+            per_token=self.system.token_cost,
+            closing=self.system.closing,
+            bonus=self.system.closing_bonus,
+        )
+
+    def reinforced(self, name: str, start: Artifact, *, steps: int, problems: Sequence[Problem] | None = None) -> Train:
+        """The stage that reinforces ``start``, which reads and ends as its own tokenizer says.
+
+        Every step is logged, for `stability`. ``problems``: those of the stage's accuracy; by default some of those
+        that are reported on.
+        """
+        system, task = self.system, self.task.speaking_as(start)
+        looked_at = task.test_problems[:50] if problems is None else problems
         actor = Observed(task.load(start), name=name, options={"use_cache": False})
         initial = Observed(task.load(start), frozen=True, name="initial", options={"use_cache": False})
         ppo = system.algorithm == "ppo"
@@ -254,7 +279,7 @@ class Family:
             task.sampler(actor.module, temperature=system.temperature, sharded=[actor.tapped]),
             task.coder,
             task.train_problems,
-            self.reward,
+            self.reward(task.coder),
             prompts=system.prompts,
             group=1 if ppo else system.group,
             epochs=system.rollout_epochs,
@@ -281,7 +306,7 @@ class Family:
             players.append(Player("critic", critic, value, optimizer=optimizer, **common))
 
         def accuracy() -> dict[str, float]:
-            return {"accuracy": task.accuracy(actor.module, samples=4, problems=task.test_problems[:50])}
+            return {"accuracy": task.accuracy(actor.module, samples=4, problems=looked_at)}
 
         return Train(
             name,
@@ -292,7 +317,7 @@ class Family:
             eval_every=steps,
             log_every=1,
             shares_every=0,
-            save=self._save,
+            save=partial(save_with_tokenizer, tokenizer=task.coder.tokenizer),
         )
 
     def _values(self, critic: nn.Module) -> Callable[[dict[str, Any]], Tensor]:
@@ -313,9 +338,9 @@ class Family:
         """Reward, length, KL to the start and staleness of a reinforced stage, round by round."""
         lines = MetricsFile(stage.path.parent / "metrics.jsonl").read()
         values = [line["values"] for line in lines if line["kind"] == "train" and "Policy.reward" in line["values"]]
-        steps = self.system.minibatches * self.system.rollout_epochs
+        rounds = [one["Policy.round"] for one in values]
         names = ("reward", "tokens", "kl", "staleness")
-        return {name: by_round([one[f"Policy.{name}"] for one in values], steps) for name in names}
+        return {name: by_round([one[f"Policy.{name}"] for one in values], rounds) for name in names}
 
     def stable(self, stage: Artifact) -> Stability:
         course = self.course(stage)
@@ -351,9 +376,9 @@ class Family:
         note = f"Dip and collapse are looked for in the first {self.system.horizon} rounds."
         return Table("Stability of the reinforced runs", STABILITY, rows, [note]), pictures
 
-    def trace_loss(self, model: nn.Module) -> dict[str, float]:
+    def trace_loss(self, model: Any) -> dict[str, float]:
         """Mean loss per token on held-out worked traces (embedded: in the reasoning style); nothing without traces."""
-        task = self.task
+        task = self.task.speaking_as(model.name_or_path)  # where it was loaded from
         known = [problem for problem in task.test_problems[:100] if problem.get("trace")]
         if not known:
             return {}

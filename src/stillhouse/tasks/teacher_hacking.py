@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -33,6 +33,18 @@ from stillhouse.tasks.oracle_language import OracleLanguage, oracle_network
 from stillhouse.tasks.pictures import curves_picture
 from stillhouse.tasks.policies import Policies, PolicySystem, ShareField
 from stillhouse.teachers.cache import model_fingerprint
+
+UNREAD = (
+    "text",
+    "teacher_topk",
+    "teacher_texts",
+    "lm_weight",
+    "lm_data",
+    "replay",
+    "own_responses",
+    "baseline",
+    "keep",
+)
 
 DISTANCES = [
     Column("proxy", "proxy", ".4f", "lower", "KL(teacher || model) of whole responses, nats"),
@@ -64,6 +76,19 @@ class HackingSystem(PolicySystem):
     warmup: Annotated[float, "share of the steps over which the learning rate rises", Ge(0), Lt(1)] = 2.56e-4
     prompt_tokens: Annotated[int, "tokens of plain text that are a prompt; conversations have their own", Ge(1)] = 1024
     new_tokens: Annotated[int, "longest response that is written", Ge(1)] = 128
+
+    def refuse_unread(self) -> None:
+        """A `ConfigError` that names the inherited fields which are set though the protocol has no use for them."""
+        # Not through the fields: what is refused must not decide whether a stage is done again.
+        values, usual = vars(self), {one.name: one.default for one in fields(self)}
+        given = [f"{name}={values[name]}" for name in UNREAD if values[name] != usual[name]]
+        if values["own_divergence"] is not None and not values["on_policy"]:
+            given.append(f"own_divergence={values['own_divergence']} without on_policy")
+        if given:
+            raise ConfigError(
+                f"{self.name()} does not use {', '.join(given)}: its student learns from the teacher's responses "
+                "(prompts, responses, fresh) or its own (on_policy) alone; leave them out"
+            )
 
 
 def recipe_of(system: LanguageSystem) -> dict[str, Any]:

@@ -84,7 +84,9 @@ class TextClassificationSystem(System):
     warmup: Annotated[float, "share of the steps over which the learning rate rises", Ge(0), Lt(1)] = 0.1
     weight_decay: Annotated[float, "decoupled weight decay", Ge(0)] = 0.01
     clip: Annotated[float | None, "largest gradient norm", Gt(0)] = 1.0
-    keep: Annotated[Literal["last", "best"], "weights kept: the last, or those with the lowest selection loss"] = "last"
+    keep: Annotated[
+        Literal["last", "best"], "weights kept: the last, or, where labels are learnt, those of least selection loss"
+    ] = "last"
     eval_examples: Annotated[int, "selection examples looked at during training", Ge(1)] = 512
     trust_remote_code: Annotated[bool, "run code that comes with a model"] = False
     demo_steps: Annotated[int, "steps in which the embedded encoder is trained", Ge(1)] = 600
@@ -251,6 +253,7 @@ class TextClassificationTask:
             trainable=trainable,
         )
         labelled = hasattr(model, "num_labels") and "Classification" in type(model).__name__
+        heads = [s for s in player.objective.signals() if s.observed is observed and s.address.kind == "output"]
         return Train(
             name,
             player,
@@ -258,7 +261,8 @@ class TextClassificationTask:
             steps=steps or system.steps or self.steps_of(system.epochs),
             accumulate=system.accumulate,
             evaluate=(lambda: self.selection_figures(model)) if labelled else None,
-            best="selection_loss" if labelled and system.keep == "best" else None,
+            # Where nothing reads what the head says, it does not learn, and its loss is no reason to keep a state.
+            best="selection_loss" if labelled and heads and system.keep == "best" else None,
             save=self.save,
             cache=cache,
         )

@@ -63,7 +63,7 @@ class AlignDistil(PreferenceSystem):
     ] = "reverse"
     beta0: Annotated[float, "beta of both DPO stages", Gt(0)] = 0.1
     form: Annotated[
-        Literal["paper", "code"], "code: total variation without its half, and off-policy the mask not shifted"
+        Literal["paper", "code"], "code: total variation without its half, off-policy the tokens' own places"
     ] = "paper"
     steps: Annotated[int | None, "steps of the last stage; by default one pass", Ge(1)] = None
 

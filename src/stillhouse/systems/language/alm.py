@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from stillhouse.base.errors import ConfigError
 from stillhouse.core.artifact import Artifact
@@ -52,6 +52,7 @@ class ALM(CrossTokenizerSystem):
     match: Annotated[Literal["alm", "uld", "mined", "dskd", "none"], "what is matched; others: to compare"] = "alm"
     divergence: Annotated[ChunkDivergenceName, "between the likelihoods of a chunk"] = "binary-ce"
     binarisation: Annotated[float, "temperature of the event that a chunk is written", Gt(0)] = 100.0
+    renyi_order: Annotated[float, "with divergence=renyi", Gt(0), Lt(1)] = 0.5
     debias: Annotated[
         Literal["merge", "pairs", "none"],
         "where chunks may end: after what the teacher takes for a word's end, after unbiased pairs of tokens, anywhere",
@@ -82,7 +83,7 @@ class ALM(CrossTokenizerSystem):
         """What the student minimises."""
         terms: list[Objective] = []
         if self.match == "alm":
-            divergence = ChunkDivergence(self.divergence, self.binarisation)
+            divergence = ChunkDivergence(self.divergence, self.binarisation, self.renyi_order)
             merge = self.bias_threshold if self.debias == "merge" else None
             options: Any = {"merge": merge, "append": self.append_boundary, "weighting": self.weighting}
             terms.append(self.match_weight * chunk_match(task, student, divergence, **options))

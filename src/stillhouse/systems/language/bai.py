@@ -67,10 +67,11 @@ class BAI(RLHFSystem):
         merged = partial(family.merged, share=self.share, dtype=self.dtype, special_tokens=self.special_tokens)
         alpha, worth = self.alpha, float("-inf")
         runs: dict[str, Artifact] = {}
+        problems = family.set_aside() if self.sweep else None
         for value in self.sweep:
             start = yield merged(f"merged-{value:g}", alpha=value)
             name = f"alpha-{value:g}"
-            runs[name] = tried = yield family.reinforced(name, start, steps=self.sweep_steps)
+            runs[name] = tried = yield family.reinforced(name, start, steps=self.sweep_steps, problems=problems)
             if (found := tried.metrics["accuracy"] - family.stable(tried).dip) > worth:
                 alpha, worth = value, found
         actor = yield merged("merged", alpha=alpha)

@@ -24,8 +24,9 @@ from stillhouse.tasks.text_classification import TextClassificationSystem
 class BiStil(TextClassificationSystem):
     """Bilingual distillation of multilingual encoders (Ansell et al., 2023, arXiv 2306.01709).
 
-    The student keeps every n-th layer and the tokens its languages use. On text of both in turn it matches the teacher
-    adapted to each; then it learns the task in the source language as a sparse difference, from a tuned teacher.
+    The student keeps every n-th layer and the tokens its languages use, and may be narrower. On text of both in turn it
+    matches the teacher adapted to each; then it learns the task in the source language as a sparse difference, from a
+    tuned teacher.
     """
 
     meta = Meta(
@@ -50,8 +51,7 @@ class BiStil(TextClassificationSystem):
         "density": 0.3,  # 8 % of so small an encoder hold no task
         **{"language_steps": (20, 20), "language_lr": 1e-3},
         "teacher_steps": (80, 120),
-        "general_steps": 300,
-        "general_lr": 2e-3,
+        **{"general_steps": 300, "general_lr": 2e-3},
         "task_steps": (60, 90),
         "lr": 3e-3,
     }
@@ -65,6 +65,7 @@ class BiStil(TextClassificationSystem):
     ] = ("demo:0", "demo:3")
     target_data: Annotated[str, "labelled text of the target language, to measure on"] = "demo"
     reduction: Annotated[int, "the teacher's layers for one of the student's", Ge(1)] = 2
+    hidden_factor: Annotated[int, "the teacher's width and feed-forward size for 1 of the student's", Ge(1)] = 1
     layers: Annotated[Literal["regular", "bottom"], "layers kept: every n-th, or the lowest"] = "regular"
     threshold: Annotated[float, "least probability of a kept token in one of the texts", Ge(0), Le(1)] = 1e-6
     density: Annotated[float, "share of the encoder's parameters that a sparse difference changes", Gt(0), Le(1)] = 0.08
@@ -73,9 +74,7 @@ class BiStil(TextClassificationSystem):
     language_steps: Annotated[tuple[int, int], "steps of a language's difference: full, sparse"] = (25_000, 25_000)
     language_lr: Annotated[float, "their learning rate", Gt(0)] = 5e-5
     teacher_steps: Annotated[tuple[int, int], "steps of the teacher's task difference: full, sparse"] = (5_000, 5_000)
-    general: Annotated[Literal["distil", "scratch"], "the general phase; scratch: random weights, no teacher"] = (
-        "distil"
-    )
+    general: Annotated[Literal["distil", "scratch"], "the general phase; scratch: without a teacher"] = "distil"
     general_steps: Annotated[int, "steps of the general phase", Ge(1)] = 200_000
     general_lr: Annotated[float, "its learning rate", Gt(0)] = 1e-4
     task_steps: Annotated[tuple[int, int], "steps of the student's task difference: full, sparse"] = (5_000, 5_000)
@@ -98,7 +97,8 @@ class BiStil(TextClassificationSystem):
             source=task.source,
             lr=self.lr,
         )
-        start = yield begin(task, reduction=self.reduction, layers=self.layers, threshold=self.threshold)
+        size: dict[str, Any] = {"reduction": self.reduction, "hidden_factor": self.hidden_factor, "layers": self.layers}
+        start = yield begin(task, spoken, threshold=self.threshold, **size)
         general = yield task.general(start, spoken, self.general, steps=self.general_steps, lr=self.general_lr)
         small = task.small(start)
         tuned = task.reading(load_text_classifier(str(teacher.path)), read_ids(start))

@@ -14,20 +14,20 @@ from stillhouse.core.run import Run
 from stillhouse.core.stage import Evaluate, Stage, Transform
 from stillhouse.core.system import Claim, Meta
 from stillhouse.tasks.experiments import Experiment
-from stillhouse.tasks.language import LanguageSystem, LanguageTask, save_pretrained
-from stillhouse.tasks.sweeps import Init, Sweep, copied
+from stillhouse.tasks.language import LanguageTask, save_pretrained
+from stillhouse.tasks.sweeps import Init, Sweep, SweepSystem, adapted, chatted, copied, labels_of
 
 SMALL = "layers=2,hidden_size={0},heads={1},head_dim=16,intermediate_size={2}"
 SHAPES = {width: SMALL.format(width, width // 16, width * 11 // 4) for width in (32, 48, 64, 96, 192)}
 
 
 @dataclass(kw_only=True)
-class CapacityGap(LanguageSystem):
+class CapacityGap(SweepSystem):
     """Towards the law of capacity gap in distilling language models (Zhang et al., ACL 2025, arXiv 2311.07052).
 
     A student of one size is cut out of each teacher and learns from it, 0.5 cross-entropy + 0.5 soft cross-entropy,
-    all with one budget; the size of the best teacher is fitted against the student's, N_T* = k N_S.
-    ``stillhouse advise teacher --law RUN`` uses the result.
+    all with one budget; the size of the best teacher is fitted against the student's, N_T* = k N_S, which
+    ``stillhouse advise teacher --law RUN`` uses. A larger vocabulary may come before, conversations after.
     """
 
     meta = Meta(
@@ -43,7 +43,7 @@ class CapacityGap(LanguageSystem):
         stages="teachers + 2 per pair + 2",
     )
     demo: ClassVar[dict[str, Any]] = {
-        **LanguageSystem.demo,
+        **SweepSystem.demo,
         "teachers": tuple(SHAPES[width] for width in (48, 64, 96, 192)),
         "students": (SHAPES[32], SHAPES[48]),
         "batch_size": 4,
@@ -58,7 +58,7 @@ class CapacityGap(LanguageSystem):
         "teachers": ("layers=2,hidden_size=24,heads=3,head_dim=8", "layers=2,hidden_size=32,heads=4,head_dim=8"),
         "students": ("layers=1,hidden_size=16,heads=2,head_dim=8,intermediate_size=24",),
         "calibration": 8,
-        "teacher_epochs": 1.0,
+        **{"teacher_epochs": 1.0, "chat": "demo", "chat_epochs": 0.02, "window": 64},
     }
 
     teachers: Annotated[
@@ -79,7 +79,7 @@ class CapacityGap(LanguageSystem):
     epochs: Annotated[float, "passes over the data", Gt(0)] = 1.0
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
-        task = yield from LanguageTask.prepare(self, run)
+        task, growth = yield from adapted((yield from LanguageTask.prepare(self, run)), self)
         sweep = Sweep(
             task,
             self.teachers,
@@ -88,16 +88,17 @@ class CapacityGap(LanguageSystem):
             alpha=self.alpha,
             calibration=self.calibration,
             teacher_epochs=self.teacher_epochs,
+            growth=growth,
         )
         teachers = yield from sweep.run()
         law = yield Evaluate("law", partial(sweep.measure, teachers))
-        best = sweep.best_cell(law)
+        best = sweep.best_cell(law, teachers)
         save = partial(save_pretrained, tokenizer=task.tokenizer)
         student = yield Transform("student", partial(copied, partial(task.load, best.artifact)), save=save)
-        models = {
-            f"teacher {t.size:,}, student {c.size:,}": c.artifact for c in sweep.cells for t in [teachers[c.teacher]]
-        }
-        yield task.evaluation({"student": student, **(models if len(models) > 1 else {})})
+        labels = labels_of(teachers)
+        models = {f"teacher {labels[c.teacher]}, student {c.size:,}": c.artifact for c in sweep.cells}
+        chat, extra = yield from chatted(task, student, self)
+        yield task.evaluation({"student": student, **chat, **(models if len(models) > 1 else {})}, **extra)
 
     def claims(self) -> list[Claim]:
         def arm(teacher: int, **values: Any) -> dict[str, Any]:

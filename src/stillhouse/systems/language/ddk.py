@@ -60,7 +60,8 @@ class DDK(DomainSystem):
         "forward-kl"
     )
     mixture: Annotated[
-        Literal["discrepancy", "natural", "uniform"], "shares of the domains: by the factor, the data's own, or equal"
+        Literal["discrepancy", "natural", "uniform", "doremi"],
+        "shares of the domains: by the factor, the data's own, equal, or those that DoReMi finds beforehand",
     ] = "discrepancy"
     alpha: Annotated[float, "share of the factor that follows the gap; the rest is spread evenly", Ge(0), Le(1)] = 0.5
     smooth: Annotated[bool, "off: no memory and no floor, r is exp(ratio) over its sum"] = True
@@ -77,7 +78,9 @@ class DDK(DomainSystem):
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         domains = yield from DomainTask.prepare(self, run)
         task, teacher = domains.task, head_of(domains.task.observed_teacher())
-        rule = None
+        rule, shares = None, [1.0] * len(domains.names) if self.mixture == "uniform" else domains.sizes
+        if self.mixture == "doremi":
+            shares = yield from domains.doremi()
         if self.mixture == "discrepancy":
             known = (yield domains.teacher_perplexities(self.eval_windows)).json()
             rule = Discrepancy(tuple(known), alpha=self.alpha, clip=self.ratio_clip, smooth=self.smooth)
@@ -89,7 +92,6 @@ class DDK(DomainSystem):
             return TokenMatch(head_of(student), teacher, divergence, vocab_size=task.vocab_size, **weights)
 
         def source(student: Observed) -> DomainMixture:
-            shares = [1.0] * len(domains.names) if self.mixture == "uniform" else domains.sizes
             return domains.mixture(shares, student, every=self.interval, most=self.eval_windows, rule=rule)
 
         models = {"student": (yield domains.remembering(task.train("student", objective, source=source)))}
@@ -104,6 +106,7 @@ class DDK(DomainSystem):
             "natural mixture": {"mixture": "natural"},
             "uniform mixture": {"mixture": "uniform"},
             "without smoothing": {"smooth": False},
+            "doremi": {"mixture": "doremi"},
         }
         budget = "equal steps, batches and initial weights"
         claim = partial(Experiment("ddk", arms, budget, stage="domains").claim, higher_is_better=False)
@@ -122,5 +125,6 @@ class DDK(DomainSystem):
             ),
             claim("in the domain in which it is furthest behind, too", *worst, "ddk", "natural mixture"),
             claim("and than KD on as much of every domain", *mean, "ddk", "uniform mixture", scope="consequence"),
+            claim("and than KD on DoReMi's mixture", *mean, "ddk", "doremi", scope="consequence"),
             claim("smoothing keeps the shares steadier", *change, "ddk", "without smoothing", scope="consequence"),
         ]

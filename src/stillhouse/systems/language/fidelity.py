@@ -79,7 +79,7 @@ class FidelityStudy(GridSystem):
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         task = yield from sums_task(self, run) if self.is_demo() else LanguageTask.prepare(self, run)
-        before = task.teacher
+        before, builders = task.teacher, self.builders(task)
         if self.teacher_epochs:
             task.teacher = yield from taught(task, self.teacher_epochs)
         elif self.unaware and self.is_demo():
@@ -87,10 +87,9 @@ class FidelityStudy(GridSystem):
         elif self.unaware:
             raise ConfigError("unaware=true learns from the teacher before it was taught; set teacher_epochs above 0")
         policies = Policies(self, task, Coder(task.tokenizer), task.batches())
-        study = Study(
-            task, policies, self.students or (self.student,), before, self.marker, self.on_policy, self.groups
-        )
-        yield from study.run(self.cells(len(study.students)))
+        sizes, rest = self.students or (self.student,), (self.marker, self.on_policy, self.groups)
+        study = Study(task, policies, sizes, builders, before, *rest)
+        yield from study.run(self.cells(len(sizes)))
         student = yield study.product()
         yield task.evaluation({"student": student})
         yield study.audit()

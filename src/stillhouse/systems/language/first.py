@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -18,8 +17,8 @@ from stillhouse.core.train import Train
 from stillhouse.losses.concentrated import ConcentratedKL, Form, Rescale, Side
 from stillhouse.objectives.cached import CachedTokenMatch
 from stillhouse.objectives.language import head_of
-from stillhouse.tasks.choices import choice_task
-from stillhouse.tasks.concentrated import TRUST, kept_teacher, trust_figures, trustworthy, tuned
+from stillhouse.tasks.choices import DIALECT, Choices, choice_task, dialect
+from stillhouse.tasks.concentrated import kept_teacher, own_sets, trust_evaluation, trustworthy, tuned
 from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
 
@@ -67,6 +66,9 @@ class FIRST(LanguageSystem):
     student_c: Annotated[float | None, "softens the student's kept probabilities too, as released", Gt(0)] = None
     bins: Annotated[int, "of the calibration error", Ge(1)] = 10
     teacher_epochs: Annotated[float, "passes of the teacher over the text first; 0: it is fine-tuned", Ge(0)] = 0.0
+    elsewhere: Annotated[
+        str | None, "further text to be judged on, NAME=SOURCE,NAME=SOURCE; on the embedded task by default a dialect"
+    ] = None
     learns: Annotated[Literal["teacher", "text"], "text: fine-tuning on the labels, to compare"] = "teacher"
     lr: Annotated[float, "peak learning rate of AdamW", Gt(0)] = 2e-5
     warmup: Annotated[float, "share of the steps over which the learning rate rises", Ge(0), Lt(1)] = 0.03
@@ -79,7 +81,9 @@ class FIRST(LanguageSystem):
         models = {"student": (yield stage)}
         if self.baseline:
             models["baseline"] = yield task.baseline()
-        yield task.evaluation(models, more=partial(trust_figures, task, self.bins), columns=TRUST)
+        embedded = self.elsewhere is None and self.is_demo()
+        sets = {DIALECT: dialect(Choices())} if embedded else own_sets(task, self.elsewhere)
+        yield trust_evaluation(task, models, self.bins, sets)
 
     def _taught(self, task: LanguageTask) -> Generator[Stage, Artifact, Train]:
         if self.student_c is not None and self.side == "whole":
@@ -107,22 +111,16 @@ class FIRST(LanguageSystem):
         }
         arms = {name: {"baseline": False, **values} for name, values in arms.items()}
         experiment = Experiment("first", arms, "equal teacher, questions, steps, learning rate and initial weights")
-        error = ("expected calibration error of the answers, 10 bins", "student/trust_ece")
+        ece = ("expected calibration error of the answers, 10 bins", "student/trust_ece")
         right = ("share of right answers", "student/token_accuracy")
         weaker: Literal["consequence"] = "consequence"
         statements: list[tuple[str, tuple[str, str], str, str, Literal["central", "consequence"]]] = [
-            (
-                "its student is better calibrated than one fine-tuned on labels",
-                error,
-                "first",
-                "fine-tuning",
-                "central",
-            ),
+            ("its student is better calibrated than one fine-tuned on labels", ece, "first", "fine-tuning", "central"),
             ("and right more often", right, "first", "fine-tuning", "central"),
-            ("re-scaling makes it better calibrated", error, "first", "as the teacher says", "central"),
-            ("and makes it better than label smoothing does", error, "first", "smoothing", "central"),
+            ("re-scaling makes it better calibrated", ece, "first", "as the teacher says", "central"),
+            ("and makes it better than label smoothing does", ece, "first", "smoothing", "central"),
             ("the five likeliest tokens teach more than all", right, "as the teacher says", "all tokens", weaker),
-            ("it is better calibrated where all others count as one", error, "others as one", "first", weaker),
+            ("it is better calibrated where all others count as one", ece, "others as one", "first", weaker),
         ]
         return [
             experiment.claim(said, *metric, method, baseline, higher_is_better=metric is right, scope=scope)

@@ -42,9 +42,10 @@ class GKD(PolicySystem):
         experiment = Experiment(
             "gkd", {name: {**common, **values} for name, values in arms.items()}, "equal steps from equal students"
         )
+        text = {"on-policy": "its own text alone", "mixed": "its own text every other time"}
         return [
             experiment.claim(
-                "trained on its own text, a student stays closer to the teacher on what it writes than one trained on "
+                f"trained on {text[name]}, a student stays closer to the teacher on what it writes than one trained on "
                 "the data's text",
                 "mean KL(student || teacher) per token of the student's own text, nats",
                 "student/own_kl",
@@ -53,5 +54,5 @@ class GKD(PolicySystem):
                 higher_is_better=False,
                 scope="central" if name == "on-policy" else "consequence",
             )
-            for name in ("on-policy", "mixed")
+            for name in text
         ]

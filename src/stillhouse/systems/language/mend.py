@@ -47,10 +47,10 @@ class MEND(InContextSystem):
     demo: ClassVar = {
         **InContextSystem.demo,
         "vectors": 4,
-        "pretrain_steps": 300,
-        "pretrain_lr": 3e-3,
-        "steps": 700,
-        "lr": 2e-3,
+        "pretrain_steps": 200,
+        "pretrain_lr": 1e-3,
+        "steps": 400,
+        "lr": 1e-3,
     }
     smoke: ClassVar = {"reader_steps": 20, "pretrain_steps": 12, "steps": 12, "queries": 2, "batch_size": 4}
 
@@ -76,7 +76,7 @@ class MEND(InContextSystem):
                 "pretrained",
                 distiller,
                 partial(objective, labels=0.0, kl=1.0),
-                source=task.cut_text(self.ratio),
+                source=task.cut_text(self.ratio, vectors=self.vectors * self.chunks),
                 steps=self.pretrain_steps,
                 lr=self.pretrain_lr,
             )
@@ -96,10 +96,11 @@ class MEND(InContextSystem):
             "mend": {},
             "no demonstrations": {"demos": 0},
             "without KL": {"kl": 0.0},
-            "without stage 1": {"pretrain_steps": 0},
+            "without stage 1": {"pretrain_steps": 0, "steps": 600},
             "one vector": {"vectors": 1},
         }
-        claim = Experiment("mend", arms, "equal steps of the second stage, batches and initial weights").claim
+        budget = "equal updates in both stages together, batches and initial weights"
+        claim = Experiment("mend", arms, budget).claim
         accuracy = "accuracy on maps never trained on", "distilled/accuracy"
         also = partial(claim, scope="consequence")
         return [
@@ -110,6 +111,6 @@ class MEND(InContextSystem):
                 "no demonstrations",
             ),
             claim("the KL to the model with the demonstrations helps", *accuracy, "mend", "without KL"),
-            claim("so does the first stage", *accuracy, "mend", "without stage 1"),
+            claim("so does the first stage, for a third of the updates", *accuracy, "mend", "without stage 1"),
             also("four vectors hold more than one", *accuracy, "mend", "one vector"),
         ]

@@ -25,7 +25,7 @@ class MiniCPM(PretrainingSystem):
 
     A tunnel of small models finds the rate (their scaling keeps it right at every width); a stable phase needs no
     horizon; its decay mixes in better data, on which the model is then fine-tuned. Optional: a scaling law from
-    decays off one stable run per size, DPO, and experts upcycled from the stable model.
+    decays off one stable run per size, DPO, experts upcycled from the stable model, and longer contexts.
     """
 
     meta = Meta(
@@ -51,10 +51,8 @@ class MiniCPM(PretrainingSystem):
         "base_width": 32,
         "eval_windows": 8,
         "halvings": 3.3,
-        "tunnel_widths": (32, 64),
-        "tunnel_steps": 80,
-        "sft_steps": 40,
-        "sft_lr": 1e-3,
+        **{"tunnel_widths": (32, 64), "tunnel_steps": 80},
+        **{"sft_steps": 40, "sft_lr": 1e-3},
     }
     smoke: ClassVar[dict[str, Any]] = {
         "student": "layers=1",
@@ -94,8 +92,10 @@ class MiniCPM(PretrainingSystem):
         source = work.mixed(self.mix, last.begin) if self.mix else None
         base = yield work.segment("decay", last, stable, source=source)
         fine: dict[str, Any] = {"steps": self.sft_steps, "lr": self.sft_lr, "batch_size": self.batch_size}
+        fine["read"] = work.better_rows(self.mix, last.end - last.begin)
         models = {"stable": stable, "decay": base, "student": (yield work.fine_tune("student", base, **fine))}
         models |= yield from work.variants(stable, models["student"])
+        yield from work.dynamics([(first, None, stable), (last, stable, base)])
         yield Evaluate("quality", partial(work.figures, models))
         yield task.evaluation(models)
 
@@ -104,7 +104,11 @@ class MiniCPM(PretrainingSystem):
         same: dict[str, Any] = {"tunnel_widths": (), "decay": 0.2}
         mixed, plain = {"mix": 0.5, "sft_steps": 40}, {"mix": 0.0, "sft_steps": 80}
         arms = {"mixed decay": {**same, **mixed}, "plain decay": {**same, **plain}}
-        budget = "equal steps of pre-training, equally many rows of better data in all, equal rates"
+        budget = (
+            "400 steps of pre-training, the same 320 rows of better data once each, equal peak rates; not equal: the "
+            "plain arm has 40 more steps of fine-tuning and 160 more rows of text in its decay, and of better rows in "
+            "the decay the questions are learnt too"
+        )
         claim = partial(
             Experiment("minicpm", arms, budget, stage="quality").claim,
             method="mixed decay",

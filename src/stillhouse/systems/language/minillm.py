@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge, Gt, Lt
+
+from stillhouse.base.errors import ConfigError
+from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
+from stillhouse.core.run import Run
+from stillhouse.core.stage import Stage
 from stillhouse.core.system import Claim, Meta
 from stillhouse.objectives.language import head_of
 from stillhouse.objectives.sequence_divergence import SequenceReverseKL
 from stillhouse.tasks.experiments import Experiment
+from stillhouse.tasks.language import LanguageTask, endpoint_of
 from stillhouse.tasks.policies import (
     DivergenceField,
     LanguageLossField,
@@ -27,8 +35,9 @@ class MiniLLM(PolicySystem):
 
     The student writes, each token drawn with a share of the teacher mixed in; the gradient of the sequences' reverse KL
     is split into the exact one of every token and a length-normalised policy gradient for what follows, both weighed by
-    importance. The cross-entropy on the data's text goes on beside it. Every response is used once, so that the ratio
-    the paper clips is 1 throughout.
+    importance. ``rollouts`` responses are written at one time and used ``inner_epochs`` times, with PPO's clip on how
+    much likelier the student finds a token by then. The cross-entropy on text of ``lm_data`` goes on beside it. As the
+    student's text is new in every round, there is nothing of the teacher to keep on disk.
     """
 
     meta = Meta(
@@ -50,6 +59,28 @@ class MiniLLM(PolicySystem):
     lm_weight: LanguageLossField = 1.0
     long: Annotated[bool, "the part of the gradient that looks at what follows; off: token by token"] = True
     length_normalised: Annotated[bool, "what follows counts by its mean, not by its sum"] = True
+    rollouts: Annotated[int, "responses written at one time; at least a batch", Ge(1)] = 256
+    inner_epochs: Annotated[int, "passes over them before new ones are written", Ge(1)] = 4
+    clip_ratio: Annotated[float | None, "clips the policy's ratio at 1 +- this; none: no clip", Gt(0), Lt(1)] = 0.2
+
+    demo: ClassVar[dict[str, Any]] = {**PolicySystem.demo, "rollouts": 32}  # four batches, as in the paper
+    smoke: ClassVar[dict[str, Any]] = {**PolicySystem.smoke, "rollouts": 8, "inner_epochs": 2}
+
+    def prepared(self, run: Run) -> Generator[Stage, Artifact, LanguageTask]:
+        if self.on_policy and (self.teacher_topk is not None or endpoint_of(self.teacher)):
+            raise ConfigError(
+                "minillm needs the teacher's weights: the student's text is new in every round, so what is kept of "
+                "it (teacher_topk) or an endpoint's likeliest tokens will not do; give a directory or hub id alone "
+                "(with an endpoint: gkd divergence=reverse-kl on_policy=1)"
+            )
+        return (yield from super().prepared(run))
+
+    def source(self, policies: Policies, student: Observed) -> Any:
+        if not self.on_policy or (self.inner_epochs == 1 and self.rollouts <= self.batch_size):
+            return super().source(policies, student)
+        if self.on_policy < 1:
+            raise ConfigError("on_policy below 1: nothing is used again there; set inner_epochs=1 rollouts=1")
+        return policies.in_rounds(student, rollouts=self.rollouts, times=self.inner_epochs)
 
     def objective(self, policies: Policies, student: Observed) -> Objective:
         if not self.long:
@@ -60,6 +91,7 @@ class MiniLLM(PolicySystem):
             head_of(task.observed_teacher()),
             teacher_share=self.teacher_share,
             length_normalised=self.length_normalised,
+            clip=self.clip_ratio,
             vocab_size=task.vocab_size,
         )
 
@@ -71,6 +103,7 @@ class MiniLLM(PolicySystem):
             "forward KL on data": {**common, **off},
             "no teacher mixed in": {**common, "teacher_share": 0.0},
             "token by token": {**common, "long": False},
+            "no clip": {**common, "clip_ratio": None},
         }
         experiment = Experiment("minillm", arms, "equal steps from equal students")
         metric = "mean KL(student || teacher) per token of the student's own text, nats"
@@ -78,6 +111,7 @@ class MiniLLM(PolicySystem):
             "forward KL on data": "the student's own text is closer to the teacher than after forward KL on the data's",
             "no teacher mixed in": "mixing the teacher into what the student writes helps",
             "token by token": "looking at what follows helps over the reverse KL of each token alone",
+            "no clip": "clipping the ratio helps where every response is used four times",
         }
         return [
             experiment.claim(

@@ -100,30 +100,24 @@ class Swing(PrivacySystem):
             "noise alone": {"scorer": "none"},
             "noise on private tokens": {"noise_on": "private"},
             "a fifth missed": {"recall": 0.8},
+            (small := "noise alone, epsilon 1"): {"scorer": "none", "epsilon": 1.0},  # the others: 2 / 0.05 = 40
         }
         arms = {name: {"baseline": False, **values} for name, values in arms.items()}
         experiment = Experiment("swing", arms, "equal teacher, text, steps and initial weights", stage="exposure")
         exposure = ("mean exposure of five canaries of 1,000 candidates, bits", "student/exposure")
         perplexity = ("perplexity on held-out sentences without canaries", "student/perplexity")
-        less: dict[str, Any] = {"higher_is_better": False}
-        weaker: dict[str, Any] = {**less, "scope": "consequence"}
+        claim = partial(experiment.claim, higher_is_better=False)
+        further = partial(claim, scope="consequence")
+        on_all = "noise on private tokens alone leaves ordinary text better predicted than noise on all"
+        kept = "without noise, as the privacy budget grows, it still gives less away than KD's"
+        missed = "finding all private tokens gives less away than missing a fifth"
         return [
-            experiment.claim("swing's student gives less away than KD's", *exposure, "swing", "kd", **less),
-            experiment.claim("and predicts ordinary text better", *perplexity, "swing", "kd", **less),
-            experiment.claim(
-                "without noise, as the privacy budget grows, it still gives less away than KD's",
-                *(*exposure, "temperature alone", "kd"),
-                **less,
-            ),
-            experiment.claim("noise alone gives less away than KD", *exposure, "noise alone", "kd", **weaker),
-            experiment.claim(
-                "noise on private tokens alone leaves ordinary text better predicted than noise on all",
-                *(*perplexity, "noise on private tokens", "swing"),
-                **weaker,
-            ),
-            experiment.claim(
-                "finding all private tokens gives less away than missing a fifth",
-                *(*exposure, "swing", "a fifth missed"),
-                **weaker,
-            ),
+            claim("swing's student gives less away than KD's", *exposure, "swing", "kd"),
+            claim("and predicts ordinary text better", *perplexity, "swing", "kd"),
+            claim(kept, *exposure, "temperature alone", "kd"),
+            further("noise alone gives less away than KD", *exposure, "noise alone", "kd"),
+            further(on_all, *perplexity, "noise on private tokens", "swing"),
+            further(missed, *exposure, "swing", "a fifth missed"),
+            further("noise alone gives more away at epsilon 40 than at 1", *exposure, small, "noise alone"),
+            further("at epsilon 40 swing gives less away than noise alone", *exposure, "swing", "noise alone"),
         ]

@@ -70,6 +70,7 @@ class TeacherHacking(HackingSystem):
     }
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
+        self.refuse_unread()
         task = yield from oracle_task(self, run) if self.is_demo() else LanguageTask.prepare(self, run)
         protocol = Protocol.of(self, task, self.oracle)
         yield from protocol.begin(self.oracle_texts, self.teacher_epochs, self.begin_steps)

@@ -24,17 +24,16 @@ from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.vision import VisionTask
 
 INPUTS: dict[str, Inputs] = {"expansion": "expanded", "curation": "curated"}
-SFT, RL = "supervised fine-tuning", "reinforcement learning"
+SFT, RL, RANKED = "supervised fine-tuning", "reinforcement learning", {"dpo": 2, "rrhf": 4, "pro": 4, "reward": 2}
 
 
 @dataclass(kw_only=True)
 class Elicitation(SeededSystem):
     """Elicitation and distillation algorithms of a survey on KD of LLMs (Xu et al., 2024, arXiv 2402.13116), on images.
 
-    A student learns ``labelled`` seeds; then it goes on with them and with what ``ask`` elicits, for as many steps:
-    the teacher's answers on given inputs (labelling), on new ones made from them (expansion), on ones made from what is
-    known of the classes (curation), its inner knowledge (feature), its ranking of the student's guesses (feedback), or
-    the student's own confident answers (self-knowledge). ``none`` goes on with the seeds alone.
+    A student learns ``labelled`` seeds, then goes on with them and what ``ask`` elicits: the teacher's answers on given
+    inputs (labelling), on new ones made from them (expansion) or of what is known of classes (curation), its inner
+    knowledge (feature), its ranking of guesses (feedback), own confident answers (self-knowledge), nothing (none).
     """
 
     meta = Meta(
@@ -86,8 +85,7 @@ class Elicitation(SeededSystem):
         inputs, start, reward = seeds.inputs(INPUTS.get(self.ask, "given")), seeds.frozen(first, "first"), None
         feedback = partial(seeds.feedback, first=start, learn=self.learn, guesses=self.guesses, beta=self.beta)
         if self.ask == "feedback" and self.learn == "reward":
-            judged = yield seeds.train("reward", first, seeds.inputs("given"), feedback)
-            reward = seeds.frozen(judged, "reward")
+            reward = seeds.frozen((yield seeds.train("reward", first, seeds.inputs("given"), feedback)), "reward")
 
         def elicited(student: Observed) -> Objective:
             logits = student.output("logits")
@@ -115,6 +113,7 @@ class Elicitation(SeededSystem):
             **{ask: {"ask": ask} for ask in self.meta.elicitation},
             "labelling the seeds": {"ask": "labelling", "pool": "seeds"},
             "expanding the seeds": {"ask": "expansion", "pool": "seeds"},
+            **{how: {"ask": "feedback", "learn": how, "guesses": count} for how, count in RANKED.items()},
         }
         claim = Experiment("elicitation", arms, "100 labels, equal steps, batches and initial weights").claim
         accuracy, also = ("accuracy on test digits", "student/accuracy"), partial(claim, scope="consequence")
@@ -127,4 +126,5 @@ class Elicitation(SeededSystem):
             also("but less than its labels", *accuracy, "labelling", "feedback"),
             also("its inner knowledge teaches more than its labels", *accuracy, "feature", "labelling"),
             also("own confident answers help", *accuracy, "self-knowledge", "seeds"),
+            *(also(f"its ranking of {n} guesses helps ({how})", *accuracy, how, "seeds") for how, n in RANKED.items()),
         ]
