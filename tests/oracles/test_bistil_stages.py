@@ -44,7 +44,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     BertForMaskedLM(config).save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     for name, words in (("english", ENGLISH), ("italian", ITALIAN)):
-        lines = [" ".join(pair) for pair in itertools.product(words, words)]
+        lines = [" ".join(pair * 2) for pair in itertools.product(words, words)]
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
         rows = [{"text": " ".join(pair), "label": n % 2} for n, pair in enumerate(itertools.product(words, words))]
         (folder / f"{name}-labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -62,7 +62,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "general_lr": 1e-2,
         "lr": 1e-2,
         "warmup": 0.0,
-        "batch_size": 4,
+        "batch_size": 12,
         "length": 8,
         "validation": 0.2,
         "selection": 0.2,
@@ -166,7 +166,7 @@ def test_the_task_is_learnt_at_some_places_of_the_adapted_encoder_alone(ran, mat
         if name in made.entries:
             allowed[made.entries[name][0]] = True
         assert not (one & ~allowed).any()
-    assert all(len(batch["labels"]) == 4 for batch in full["batches"])
+    assert all(len(batch["labels"]) == 12 for batch in full["batches"])
 
 
 def test_the_general_phase_matches_a_teacher_adapted_to_the_language_of_the_batch(ran, materials):

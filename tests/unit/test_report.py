@@ -566,3 +566,24 @@ def test_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "small").mkdir(parents=True)
     assert not _is_hub_id("models/small")
+
+
+@pytest.mark.parametrize(
+    ("kind", "built", "loader"),
+    [
+        ("swiftkv-llama", "LlamaForCausalLM", "stillhouse.models.swiftkv import load_swiftkv"),
+        ("expanded-llama", "LlamaForCausalLM", "stillhouse.models.input_expansion import load_expanded"),
+        ("lsg-bert", "LSGBertForMaskedLM", "stillhouse.models.efficient_attention import load_efficient"),
+        ("llama", "LlamaForCausalLM", "transformers import AutoModelForCausalLM"),
+    ],
+)
+def test_a_card_loads_types_of_our_own_as_they_must_be(tmp_path, kind, built, loader):
+    import importlib
+
+    from stillhouse.report.card import _load
+
+    write_json(tmp_path / "config.json", {"model_type": kind, "architectures": [built]})
+    said = _load(tmp_path, causal=built.endswith("ForCausalLM"))
+    assert f"from {loader}\n" in said
+    module, name = loader.split(" import ")
+    assert hasattr(importlib.import_module(module), name) and f"model = {name}" in said

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillhouse.core.source import Repeat, Source, as_source
-from stillhouse.data.sources import Batches, Drawn
+from stillhouse.data.sources import Batches, Drawn, passes_in, steps_in
 
 
 def take(source: Any, count: int) -> list[list[int]]:
@@ -192,3 +192,16 @@ def test_drawn_goes_on_where_it_stood(before, after):
     fresh = noise()
     fresh.load_state_dict(source.state_dict())
     assert take(fresh, after) == take(source, after)
+
+
+@pytest.mark.parametrize(
+    ("items", "size", "accumulate", "steps"), [(100, 32, 2, 15), (1000, 64, 8, 19), (30, 32, 2, 5), (96, 32, 1, 30)]
+)
+def test_ten_passes_are_ten_passes(items, size, accumulate, steps):
+    """Also where a pass is no whole number of optimizer steps, or smaller than a batch."""
+    given = {"batch_size": size, "accumulate": accumulate}
+    assert steps_in(10, items, **given) == steps
+    source = batches(items, size)
+    take(source, steps * accumulate)
+    assert abs(source.epoch + 1 - 10) <= 1
+    assert passes_in(steps, items, **given) == source.epoch + 1

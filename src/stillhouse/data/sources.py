@@ -47,7 +47,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Whole batches in one pass; the rest of a pass is left out."""
-        return len(self.data) // self.batch_size
+        return batches_in(len(self.data), self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -75,6 +75,21 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self._position, self._order = state["epoch"], state["position"], None
+
+
+def steps_in(passes: float, items: int, *, batch_size: int, accumulate: int) -> int:
+    """Optimizer steps in which `Batches` of so many items are read ``passes`` times."""
+    return max(1, round(passes * batches_in(items, batch_size) / accumulate))
+
+
+def passes_in(steps: int, items: int, *, batch_size: int, accumulate: int) -> int:
+    """Passes over the items, the last one perhaps not whole, in so many optimizer steps."""
+    return -(-steps * accumulate // batches_in(items, batch_size))
+
+
+def batches_in(items: int, batch_size: int) -> int:
+    """Whole batches in one pass."""
+    return items // min(items, batch_size)
 
 
 class Drawn:

@@ -12,6 +12,7 @@ from stillhouse.base.errors import ModelError, one_line, suggest
 from stillhouse.base.files import read_json
 from stillhouse.models.conversion import is_converted
 from stillhouse.models.errors import clear_errors, quiet
+from stillhouse.models.input_expansion import is_expanded
 from stillhouse.models.loading import check_config_file, check_files, check_report, load_tokenizer, local_folder
 from stillhouse.models.swiftkv import is_swiftkv
 
@@ -27,7 +28,7 @@ SIZES = {
 def is_encoder_decoder(name: str, *, trust_remote_code: bool = False) -> bool:
     """Whether a directory, or a hub id, is that of a model with an encoder and a decoder."""
     folder = local_folder(name)
-    if folder is not None and (is_converted(folder) or is_swiftkv(folder)):
+    if folder is not None and any(known(folder) for known in (is_converted, is_swiftkv, is_expanded)):
         return False  # changed by stillhouse, of types that transformers does not know
     return bool(_config(name, trust_remote_code).is_encoder_decoder)
 

@@ -29,10 +29,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillhouse.base.errors import ModelError, RunError, one_line
-from stillhouse.base.files import read_json
+from stillhouse.base.errors import ModelError, one_line
 from stillhouse.models.conversion import attention_paths
-from stillhouse.models.errors import clear_errors
+from stillhouse.models.own_types import base_type_in, causal_classes, load_saved
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -253,38 +252,26 @@ def load_swiftkv(folder: str | Path, *, dtype: torch.dtype | None = None) -> Pre
     Raises:
         ModelError: no such model there, or weights that do not fit its config.
     """
-    if not is_swiftkv(folder):
+    base_type = base_type_in(folder, PREFIX)
+    if base_type is None:
         raise ModelError(f"{folder}: no SwiftKV model in it; make one with convert_swiftkv and save_pretrained")
-    _, model_class = swiftkv_classes(read_json(Path(folder) / "config.json")["model_type"].removeprefix(PREFIX))
-    with clear_errors(str(folder)):
-        model, report = model_class.from_pretrained(
-            str(folder), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
-    if report["missing_keys"]:
-        raise ModelError(f"{folder}: weights are missing (first: {min(report['missing_keys'])}); save the model again")
-    return freeze_original(model).eval()
+    _, model_class = swiftkv_classes(base_type)
+    return freeze_original(load_saved(model_class, folder, dtype=dtype))
 
 
 def is_swiftkv(folder: str | Path) -> bool:
     """Whether a directory holds a converted model."""
-    try:
-        config = read_json(Path(folder) / "config.json")
-    except RunError:
-        return False
-    return isinstance(config, dict) and str(config.get("model_type")).startswith(PREFIX)
+    return base_type_in(folder, PREFIX) is not None
 
 
 @functools.cache
 def swiftkv_classes(base_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """The config and model class of a converted ``base_type`` (``"llama"``), known to the Auto classes from now on."""
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if base_type not in CONFIG_MAPPING or CONFIG_MAPPING[base_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{base_type!r} is no causal language model of this version of transformers; update it")
-    base_config: Any = CONFIG_MAPPING[base_type]
-    base_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    base_config: Any
+    base_model: Any
+    base_config, base_model = causal_classes(base_type)
     called = inspect.signature(base_model.forward)
 
     class Config(base_config):

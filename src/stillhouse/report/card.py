@@ -15,7 +15,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from stillhouse.base.errors import RunError
 from stillhouse.base.files import whole_file
-from stillhouse.models.conversion import is_converted
+from stillhouse.models import conversion, input_expansion, lsg, swiftkv
+from stillhouse.models.own_types import base_type_in
 from stillhouse.report.record import RunRecord, StageRecord, Table, read_run
 from stillhouse.report.wording import command_line, duration, listed, mapping, number, plain, show, text
 
@@ -59,7 +60,7 @@ def write_model_card(
         _what(run, base_model, dataset, teacher),
         _how(run),
         _figures(run, figures or {}),
-        _load(model_dir) if causal else "",
+        _load(model_dir, causal=causal),
         _repeat(run),
         _limits(run, dataset),
     ]
@@ -144,13 +145,25 @@ def _table(table: Table) -> str:
     return _markdown(head, rows, numeric=set(range(1, len(head))))
 
 
-def _load(model_dir: Path) -> str:
-    names, lines = ["AutoModelForCausalLM"], ['model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")']
-    imports = []
-    if is_converted(model_dir):
-        names = []
-        imports = ["from stillhouse.models.conversion import load_converted"]
-        lines = ['model = load_converted("path/to/this/directory")']
+OWN_TYPES = {
+    conversion.PREFIX: "conversion import load_converted",
+    swiftkv.PREFIX: "swiftkv import load_swiftkv",
+    input_expansion.PREFIX: "input_expansion import load_expanded",
+    lsg.PREFIX: "efficient_attention import load_efficient",
+}
+"""What loads model types of our own, by their prefix, in ``stillhouse.models``."""
+
+
+def _load(model_dir: Path, *, causal: bool) -> str:
+    own = next((load for prefix, load in OWN_TYPES.items() if base_type_in(model_dir, prefix) is not None), None)
+    if own:
+        imports, names, load = [f"from stillhouse.models.{own}"], [], own.rpartition(" ")[2]
+        lines = [f'model = {load}("path/to/this/directory")']
+    elif causal:
+        imports, names = [], ["AutoModelForCausalLM"]
+        lines = ['model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")']
+    else:
+        return ""
     if any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         names.append("AutoTokenizer")
         lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")')

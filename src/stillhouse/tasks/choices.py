@@ -1,8 +1,9 @@
 """Questions with forty answers and no certain one: what calibration is measured on.
 
 A question is six words, its answer one more token, drawn from probabilities that the words fix. The best possible guess
-is right three times in four, and who says so with 75 % is calibrated. Teacher and student have read answers to other
-questions beforehand, as large models have; fine-tuned on a few hundred to the end, they become too sure of themselves.
+is right three times in four, and who says so with 75 % is calibrated. Teacher and student have read other answers
+beforehand, as large models have, a sixth of them to questions that are asked later; fine-tuned on a few hundred to the
+end, they become too sure of themselves.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from stillhouse.core.system import System
 from stillhouse.core.train import Train
 from stillhouse.data.encoding import digest
 from stillhouse.data.masking import Masked, mask_tokens
-from stillhouse.data.sources import Batches
+from stillhouse.data.sources import Batches, steps_in
 from stillhouse.data.text import TextData, load_text
 from stillhouse.data.toy_languages import Shape, languages, vocabulary
 from stillhouse.data.windows import Windows, WindowSplit, tokenize_windows
@@ -128,8 +128,8 @@ class EncoderTask:
 
     def steps_of(self, epochs: float, *, batch_size: int | None = None) -> int:
         """Optimizer steps in so many passes over the training text."""
-        size = (batch_size or self.system.batch_size) * self.system.accumulate
-        return max(1, round(epochs * max(1, len(self.windows.train) // size)))
+        size, accumulate = batch_size or self.system.batch_size, self.system.accumulate
+        return steps_in(epochs, len(self.windows.train), batch_size=size, accumulate=accumulate)
 
     def batches(self, *, batch_size: int | None = None) -> Batches:
         """Training text, as it is."""

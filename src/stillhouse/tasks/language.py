@@ -27,7 +27,7 @@ from stillhouse.core.schedule import Schedule, cosine, linear, wsd
 from stillhouse.core.stage import Context, Evaluate, Stage
 from stillhouse.core.system import System
 from stillhouse.core.train import Train
-from stillhouse.data.sources import Batches
+from stillhouse.data.sources import Batches, passes_in, steps_in
 from stillhouse.data.text import TextData, load_text
 from stillhouse.data.windows import Windows, WindowSplit, tokenize_windows
 from stillhouse.metrics.language import compare_causal_lms, tokens_per_second
@@ -224,8 +224,14 @@ class LanguageTask:
 
     def steps_of(self, epochs: float) -> int:
         """Optimizer steps in so many passes over the training text."""
-        per_epoch = max(1, len(self.windows.train) // (self.system.batch_size * self.system.accumulate))
-        return max(1, round(epochs * per_epoch))
+        return steps_in(epochs, len(self.windows.train), **self._batching())
+
+    def passes_of(self, steps: int) -> int:
+        """Passes over the training text in so many optimizer steps."""
+        return passes_in(steps, len(self.windows.train), **self._batching())
+
+    def _batching(self) -> dict[str, int]:
+        return {"batch_size": self.system.batch_size, "accumulate": self.system.accumulate}
 
     def observed_teacher(self) -> Observed:
         """The frozen teacher."""
@@ -363,7 +369,9 @@ class LanguageTask:
 
     def _samples(self, models: dict[str, nn.Module], *, count: int = 3, tokens: int = 48) -> list[dict[str, Any]]:
         """How the models continue the same beginnings of held-out text, greedily."""
-        prompt_length = max(1, min(24, self.system.window // 2))
+        longest = min(getattr(model.config, "max_position_embeddings", None) or 1024 for model in models.values())
+        tokens = max(1, min(tokens, longest // 2))
+        prompt_length = max(1, min(24, self.system.window // 2, longest - tokens))
         rows = self.windows.validation[list(range(min(count, len(self.windows.validation))))]["input_ids"]
         samples = []
         for prompt in rows[:, :prompt_length].to(self.run.fabric.device):

@@ -541,12 +541,13 @@ class LongContextTask:
         context: Context,
     ) -> tuple[Table, dict[str, Any]]:
         device, length = self.run.fabric.device, self.system.length
-        lengths = sorted({max(self.system.landmarks, length // part) for part in (4, 2, 1)})
+        lengths = sorted({max(self.system.landmarks, length // part) for part in (4, 2)} | {length})
         rows: list[dict[str, Any]] = []
         sweep: dict[str, Any] = {}
         for name, artifact in models.items():
             model = load_efficient(artifact.path).to(device)
-            sweep[name] = {size: encoder_cost(model, size) for size in lengths if not size % self.system.landmarks}
+            means = getattr(model.config, "num_landmarks", 1)  # a Nystromformer reads whole groups alone
+            sweep[name] = {size: encoder_cost(model, size) for size in lengths if not size % means}
             scores: dict[str, float] = {}
             for task, one in tuned.get(name, {}).items():
                 scores |= task_scores(load_efficient(one.path, tagger=True).to(device), task, self.sets[task], device)

@@ -27,6 +27,7 @@ from stillhouse.losses.tempered import Noise
 from stillhouse.metrics.privacy_budget import spent_epsilon
 from stillhouse.models.causal_lm import load_causal_lm
 from stillhouse.models.token_classifier import entity_finder
+from stillhouse.models.tokenizers import check_same_tokenizer
 from stillhouse.objectives.private import PRIVACY, Draw, PrivateCrossEntropy
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
 from stillhouse.tasks.secrets import SecretTask, secret_task
@@ -185,7 +186,8 @@ def privacy_task(system: PrivacySystem, run: Run) -> Generator[Stage, Artifact, 
     task = yield from LanguageTask.prepare(system, run)
     outside = None
     if reference is not None:
-        outside, _ = load_causal_lm(reference, trust_remote_code=system.trust_remote_code)
+        outside, own = load_causal_lm(reference, trust_remote_code=system.trust_remote_code)
+        check_same_tokenizer(task.tokenizer, own)
     return SecretTask(task, known, outside)
 
 

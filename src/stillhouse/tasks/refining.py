@@ -294,7 +294,7 @@ class Refining:
         return task.train(name, objective, steps=steps or task.steps_of(epochs), source=in_order)
 
     def evaluation(self, task: LanguageTask, models: dict[str, Artifact]) -> Evaluate:
-        """The task's table, with the losses on unseen passages of kinds that may have been dropped."""
+        """The task's table, with the losses on passages of kinds that may have been dropped."""
         probes = (self.corpus.probes or {}) if task.tokenizer is self.scoring.tokenizer else {}
 
         def more(model: nn.Module) -> dict[str, float]:

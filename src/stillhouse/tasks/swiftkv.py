@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import fields, replace
-from functools import partial
+from functools import cached_property, partial
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from stillhouse.models.conversion import attention_paths
 from stillhouse.models.swiftkv import convert_swiftkv, is_swiftkv, load_swiftkv, prefill_cost
 from stillhouse.tasks.language import LanguageSystem, LanguageTask, save_pretrained
 
+LONGEST = 2048  # counting needs attention that is written out: 0.5 GB a layer at this length and 32 heads
 COST = [
     Column("prefill_flops", "prefill FLOPs", ".3g", "lower", "counted, for one prompt up to the next token's logits"),
     Column("prefill_share", "prefill share", ".1%", "lower", "of the original's FLOPs"),
@@ -70,10 +71,13 @@ class SwiftKVTask(LanguageTask):
             return super().load(artifact)
         return load_swiftkv(artifact.path).to(self.run.fabric.device)
 
+    @cached_property
+    def _whole_cost(self) -> dict[str, int]:
+        return prefill_cost(self.teacher, min(self.system.window, LONGEST))
+
     def cost(self, model: nn.Module) -> dict[str, float]:
-        """What a prompt as long as a window costs a model, beside the teacher: see `COST`."""
-        tokens = self.system.window
-        own, whole = (prefill_cost(one, tokens) for one in (model, self.teacher))
+        """What a prompt as long as a window, `LONGEST` tokens at most, costs a model beside the teacher: see `COST`."""
+        own, whole = prefill_cost(model, min(self.system.window, LONGEST)), self._whole_cost
         shares = {
             "prefill_share": own["flops"] / whole["flops"],
             "cache_share": own["cache_bytes"] / whole["cache_bytes"],

@@ -31,7 +31,7 @@ from stillhouse.core.train import Train
 from stillhouse.data.labelled import Kind, Labelled, load_labelled
 from stillhouse.data.masking import Masked
 from stillhouse.data.rows import TensorRows
-from stillhouse.data.sources import Batches
+from stillhouse.data.sources import Batches, steps_in
 from stillhouse.data.text import load_text
 from stillhouse.data.toy_languages import KINDS, Shape, borrowing, languages, sentences, vocabulary
 from stillhouse.metrics.text_classification import agreement_scores, classification_scores, regression_scores
@@ -216,9 +216,8 @@ class TextClassificationTask:
 
     def steps_of(self, epochs: float, count: int | None = None) -> int:
         """Optimizer steps in so many passes over the training examples (or over ``count`` rows)."""
-        number = len(self.train) if count is None else count
-        per_epoch = max(1, number // min(number, self.system.batch_size) // self.system.accumulate)
-        return max(1, round(epochs * per_epoch))
+        number, system = len(self.train) if count is None else count, self.system
+        return steps_in(epochs, number, batch_size=system.batch_size, accumulate=system.accumulate)
 
     def label_loss(self, model: Observed) -> Objective:
         """Cross-entropy with the labels, or the squared error where numbers are predicted."""

@@ -42,7 +42,7 @@ from stillhouse.data.images import (
     with_label_noise,
     with_noise,
 )
-from stillhouse.data.sources import Batches
+from stillhouse.data.sources import Batches, passes_in, steps_in
 from stillhouse.metrics.classification import ClassificationFigures, compare_classifiers, images_per_second
 from stillhouse.models.image_classifier import (
     classifier_from_spec,
@@ -206,9 +206,14 @@ class VisionTask:
 
     def steps_of(self, epochs: float, images: Images | None = None) -> int:
         """Optimizer steps in so many passes over the training images (or over ``images``)."""
-        count = len(self.images if images is None else images)
-        per_epoch = max(1, count // min(count, self.system.batch_size) // self.system.accumulate)
-        return max(1, round(epochs * per_epoch))
+        return steps_in(epochs, len(self.images if images is None else images), **self._batching())
+
+    def passes_of(self, steps: int) -> int:
+        """Passes over the training images in so many optimizer steps."""
+        return passes_in(steps, len(self.images), **self._batching())
+
+    def _batching(self) -> dict[str, int]:
+        return {"batch_size": self.system.batch_size, "accumulate": self.system.accumulate}
 
     def steps(self) -> int:
         """Optimizer steps of the run: the field, or as many as the epochs need."""

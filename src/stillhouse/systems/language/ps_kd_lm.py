@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -58,7 +57,7 @@ class PSKDLM(LanguageSystem):
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         task = yield from LanguageTask.prepare(self, run)
-        alpha = ByEpoch(self.alpha, math.ceil((self.steps or task.steps_of(self.epochs)) / task.steps_of(1)))
+        alpha = ByEpoch(self.alpha, task.passes_of(self.steps or task.steps_of(self.epochs)))
 
         def objective(student: Observed) -> Objective:
             if self.past == "snapshot":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -69,7 +68,7 @@ class PSKD(VisionSystem):
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         task = yield from VisionTask.prepare(self, run, teacher=False)
-        alpha = ByEpoch(self.alpha, math.ceil(task.steps() / task.steps_of(1)))
+        alpha = ByEpoch(self.alpha, task.passes_of(task.steps()))
 
         def objective(student: Observed) -> RefinedTargets:
             if self.past == "snapshot":
