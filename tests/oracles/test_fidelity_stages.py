@@ -227,3 +227,18 @@ def test_a_shape_of_a_teacher_behind_an_endpoint_is_refused(materials):
 
     with pytest.raises(ConfigError, match="architecture"):
         made(materials).builders(SimpleNamespace(teacher=None, tokenizer=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"divergence": "tvd"}, "divergence=tvd"),
+        ({"teacher_topk": 8, "lm_weight": 0.5}, "teacher_topk=8, lm_weight=0.5"),
+        ({"students": ("layers=1",), "pretrain": 1.0}, "pretrain beside students"),
+    ],
+)
+def test_fields_that_a_grid_does_not_read_are_refused(values, said):
+    with pytest.raises(ConfigError, match="fidelity does not use") as found:
+        get_system("fidelity").make(**values).refuse_unread()
+    assert said in str(found.value)
+    get_system("fidelity").make().refuse_unread()

@@ -452,3 +452,21 @@ def test_minillm_cannot_learn_from_a_teacher_that_is_kept():
         system = get_system("minillm").make(data="y", **kept)
         with pytest.raises(ConfigError, match="the student's text is new in every round"):
             next(system.stages(SimpleNamespace()))
+
+
+def test_without_own_text_there_is_one_divergence():
+    """f-distill's own configuration for the data's text keeps its default for the student's, and does not need it."""
+    system = get_system("f-distill").make(divergence="forward-kl", on_policy=0.0)
+    student, teacher = tiny(20, 0), tiny(20, 1)
+    policies = SimpleNamespace(
+        kept=None,
+        whole=False,
+        task=SimpleNamespace(
+            observed_teacher=lambda: Observed(teacher, frozen=True), vocab_size=student.config.vocab_size
+        ),
+    )
+    batch = {"input_ids": torch.arange(8)[None] % student.config.vocab_size}
+    found = system.objective(policies, Observed(student))(batch).item()
+    with torch.no_grad():
+        p, q = (model(**batch).logits[:, :-1].log_softmax(-1) for model in (teacher, student))
+    assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5)

@@ -30,12 +30,28 @@ from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.rl.policies import PolicySource, Share, prompts_of
 from stillhouse.tasks.language import LanguageTask, is_spec, save_pretrained, student_builder
 from stillhouse.tasks.pictures import matrix_picture, points_picture
-from stillhouse.tasks.policies import Policies, PolicySystem, ShareField
+from stillhouse.tasks.policies import Policies, PolicySystem, ShareField, refuse_unread
 from stillhouse.tasks.sweeps import copied
 
 Way = Literal["sft", "forward-kl", "reverse-kl", "gkd", "seq-kd"]
 Builder = Callable[[], nn.Module]
 """Makes a new student."""
+
+
+UNREAD = (
+    "divergence",
+    "own_divergence",
+    "text",
+    "teacher_topk",
+    "lm_weight",
+    "lm_data",
+    "replay",
+    "server",
+    "teacher_share",
+    "accept",
+    "own_responses",
+)
+"""Fields of `PolicySystem` that a grid does not use."""
 
 
 @dataclass(kw_only=True)
@@ -66,6 +82,11 @@ class GridSystem(PolicySystem):
     batch_size: Annotated[int, "sequences in a micro-batch, all processes together", Ge(1)] = 16
     window: Annotated[int, "tokens in a training sequence", Ge(8)] = 256
     new_tokens: Annotated[int, "longest response that is written", Ge(1)] = 256
+
+    def refuse_unread(self) -> None:
+        """A `ConfigError` that names the inherited fields which are set though a grid has no use for them."""
+        also = ["pretrain beside students"] if self.students and vars(self)["pretrain"] else []
+        refuse_unread(self, UNREAD, "objectives says what its students learn from", also=also)
 
     def builders(self, task: LanguageTask) -> list[Builder]:
         """How to make a student of every size; none of the task's own. To be asked for before anything is trained.

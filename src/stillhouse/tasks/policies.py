@@ -8,8 +8,8 @@ a configuration of `PolicySystem`, and overrides ``objective`` or ``chooser`` wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -170,7 +170,7 @@ class PolicySystem(LanguageSystem):
         if self.divergence == "labels":
             return TokenCrossEntropy(head_of(student), vocab_size=policies.task.vocab_size)
         match = self.matcher(policies, student)
-        if self.own_divergence is None:
+        if self.own_divergence is None or self.chooser() == Share(0.0):  # no row is the student's own
             return match(self.divergence, None)
         return match(self.divergence, "given") + match(self.own_divergence, "own")
 
@@ -221,6 +221,15 @@ class PolicySystem(LanguageSystem):
                     return ForwardKL(temperature=T)
         except ValueError as error:
             raise ConfigError(f"divergence={name}: {error}") from error
+
+
+def refuse_unread(system: PolicySystem, names: Sequence[str], why: str, *, also: Sequence[str] = ()) -> None:
+    """A `ConfigError` that names the inherited fields which are set though a system has no use for them."""
+    # Not through the fields: what is refused must not decide whether a stage is done again.
+    values, usual = vars(system), {one.name: one.default for one in fields(system)}
+    given = [*(f"{name}={values[name]}" for name in names if values[name] != usual[name]), *also]
+    if given:
+        raise ConfigError(f"{system.name()} does not use {', '.join(given)}: {why}; leave them out")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -31,7 +31,7 @@ from stillhouse.rl.policies import PolicySource, Share, prompts_of
 from stillhouse.tasks.language import DEMO, LanguageSystem, LanguageTask
 from stillhouse.tasks.oracle_language import OracleLanguage, oracle_network
 from stillhouse.tasks.pictures import curves_picture
-from stillhouse.tasks.policies import Policies, PolicySystem, ShareField
+from stillhouse.tasks.policies import Policies, PolicySystem, ShareField, refuse_unread
 from stillhouse.teachers.cache import model_fingerprint
 
 UNREAD = (
@@ -79,16 +79,14 @@ class HackingSystem(PolicySystem):
 
     def refuse_unread(self) -> None:
         """A `ConfigError` that names the inherited fields which are set though the protocol has no use for them."""
-        # Not through the fields: what is refused must not decide whether a stage is done again.
-        values, usual = vars(self), {one.name: one.default for one in fields(self)}
-        given = [f"{name}={values[name]}" for name in UNREAD if values[name] != usual[name]]
-        if values["own_divergence"] is not None and not values["on_policy"]:
-            given.append(f"own_divergence={values['own_divergence']} without on_policy")
-        if given:
-            raise ConfigError(
-                f"{self.name()} does not use {', '.join(given)}: its student learns from the teacher's responses "
-                "(prompts, responses, fresh) or its own (on_policy) alone; leave them out"
-            )
+        values = vars(self)
+        own = values["own_divergence"]
+        refuse_unread(
+            self,
+            UNREAD,
+            "its student learns from the teacher's responses (prompts, responses, fresh) or its own (on_policy) alone",
+            also=[f"own_divergence={own} without on_policy"] if own is not None and not values["on_policy"] else [],
+        )
 
 
 def recipe_of(system: LanguageSystem) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class FidelityStudy(GridSystem):
 
     def stages(self, run: Run) -> Generator[Stage, Artifact, None]:
         task = yield from sums_task(self, run) if self.is_demo() else LanguageTask.prepare(self, run)
+        self.refuse_unread()
         before, builders = task.teacher, self.builders(task)
         if self.teacher_epochs:
             task.teacher = yield from taught(task, self.teacher_epochs)
