@@ -259,9 +259,12 @@ def test_there_are_always_as_many_chunks(length):
 def test_vectors_begin_as_large_as_embeddings(tmp_path):
     lm, read, made = reader(), distiller().eval(), batch()
     table = lm.get_input_embeddings()
-    read.fit_scale(made["demo_ids"], made["demo_mask"], table(made["demo_ids"]))
+    embedded = table(made["input_ids"])[made["attention_mask"].bool()]
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    read.fit_scale(none, none, embedded)  # a soft prompt
+    assert read(none, none).pow(2).mean().item() == pytest.approx(embedded.pow(2).mean().item(), rel=1e-4)
+    read.fit_scale(made["demo_ids"], made["demo_mask"], embedded)
     vectors = read(made["demo_ids"], made["demo_mask"])
-    embedded = table(made["demo_ids"])[made["demo_mask"].bool()]
     assert vectors.pow(2).mean().item() == pytest.approx(embedded.pow(2).mean().item(), rel=1e-4)
     read.save(tmp_path, _key_tokenizer(KeyMaps()))
     assert DemonstrationDistiller.load(tmp_path).scale == read.scale != 1.0

@@ -12,7 +12,7 @@ from torch import Tensor
 def distribution_matching_gradient(x_BX: Tensor, fake_BX: Tensor, real_BX: Tensor, *, normalise: bool = True) -> Tensor:
     """Gradient of KL(p_fake || p_real) in a generated sample, up to a positive factor a sample.
 
-    (mu_fake - mu_real) / mean |x - mu_real| (DMD: Yin et al., 2023, arXiv 2311.18828, eq. 7 and 8), where mu = E[x_0 |
+    (mu_fake - mu_real) / mean |x - mu_real| (DMD: Yin et al., 2024, arXiv 2311.18828, eq. 7 and 8), where mu = E[x_0 |
     x_t]
     at the same x_t: the difference of the scores, s_real - s_fake, is alpha / sigma^2 (mu_real - mu_fake).
 

@@ -64,13 +64,13 @@ class DemonstrationDistiller(nn.Module):
         return torch.cat([self._read(ids, mask) for ids, mask in pieces(demo_ids, demo_mask, self.chunks)], 1)
 
     @torch.no_grad()
-    def fit_scale(self, demo_ids: Tensor, demo_mask: Tensor, embedded_BDW: Tensor) -> None:
-        """Make the vectors as large, in root mean square, as the larger model's embeddings of the demonstrations.
+    def fit_scale(self, demo_ids: Tensor, demo_mask: Tensor, embedded_NW: Tensor) -> None:
+        """Make the vectors as large, in root mean square, as the larger model's embeddings of some tokens.
 
         Last hidden states are normed and often ten times as large as embeddings; vectors of that size drown what the
         first layers of the larger model add to them.
         """
-        self.scale *= float(_rms(embedded_BDW[demo_mask.bool()]) / _rms(self(demo_ids, demo_mask)))
+        self.scale *= float(_rms(embedded_NW) / _rms(self(demo_ids, demo_mask)))
 
     def _read(self, ids_BD: Tensor, mask_BD: Tensor) -> Tensor:
         prompt_BLE = self.prompt.expand(len(ids_BD), -1, -1)

@@ -218,7 +218,8 @@ class InContextTask:
             lm, vectors=vectors, width=table.weight.shape[1], chunks=chunks, seed=system.seed
         ).eval()
         some = next(self.episodes())
-        distiller.fit_scale(some["demo_ids"], some["demo_mask"], table(some["demo_ids"]))
+        asked = table(some["input_ids"])[some["attention_mask"].bool()]
+        distiller.fit_scale(some["demo_ids"], some["demo_mask"], asked)
         return distiller
 
     def batch(self, items: Sequence[Item]) -> Batch:

@@ -47,6 +47,7 @@ class AgentMemory(AgentSystem):
         scheme="offline",
         modality="text",
         stages=3,
+        skill=("dialogue", "information retrieval"),
     )
     demo: ClassVar = {**AgentSystem.demo, "percentile": 100.0}
     product: ClassVar[str] = "memory"

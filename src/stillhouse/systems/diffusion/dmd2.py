@@ -53,6 +53,7 @@ class DMD2(DiffusionSystem):
         scheme="online",
         modality="image",
         stages="1 to 3",
+        role="compression",
     )
     demo: ClassVar = {
         "student_steps": 4,

@@ -52,6 +52,7 @@ class Mirage(GraphSystem):
         scheme="none",
         modality="graph",
         stages="1, and one for each network measured",
+        role="compression",
     )
     demo: ClassVar = {**GraphSystem.demo, "support": (0.25,), "sets": "maximal"}
     smoke: ClassVar = {**GraphSystem.smoke, "architectures": ("gcn", "gin"), "compare": ("mirage", "random")}

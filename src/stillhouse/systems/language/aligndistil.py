@@ -44,6 +44,8 @@ class AlignDistil(PreferenceSystem):
         algorithm=("ranking", "divergence"),
         scheme="self",
         stages=3,
+        role="self-improvement",
+        skill="preferences",
     )
     demo: ClassVar[dict[str, Any]] = {**PreferenceSystem.demo, "ratio": 3.0, "steps": 120}
     smoke: ClassVar[dict[str, Any]] = {**PreferenceSystem.smoke, "steps": 22}

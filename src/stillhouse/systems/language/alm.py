@@ -45,6 +45,7 @@ class ALM(CrossTokenizerSystem):
         algorithm=("divergence", "similarity"),
         knowledge=("response", "feature"),
         scheme=("offline", "self"),
+        role="smaller models",
     )
     demo: ClassVar[dict[str, Any]] = {**CrossTokenizerSystem.demo, "steps": 300, "lr": 1e-3, "baseline": True}
     smoke: ClassVar[dict[str, Any]] = {"student": "teacher", "tokenizer": "bytes", "baseline": True}

@@ -44,6 +44,8 @@ class AutoDistil(EncoderSystem):
         algorithm=("similarity", "search"),
         knowledge="relation",
         stages="super-networks, search, fine-tuning",
+        role="smaller models",
+        skill="understanding",
     )
     demo: ClassVar = {
         **EncoderSystem.demo,

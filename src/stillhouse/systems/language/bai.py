@@ -44,6 +44,8 @@ class BAI(RLHFSystem):
         scheme="offline",
         modality="text",
         stages=2,
+        role="self-improvement",
+        skill=("thinking patterns", "preferences"),
     )
     demo: ClassVar[dict[str, Any]] = {**RLHFSystem.demo, "pretrain": 1200}
     smoke: ClassVar[dict[str, Any]] = {**RLHFSystem.smoke, "tune_instruct": 8, "tune_reasoning": 8}

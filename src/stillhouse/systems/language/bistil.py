@@ -42,6 +42,8 @@ class BiStil(TextClassificationSystem):
         algorithm=("similarity", "divergence", "pruning"),
         knowledge=("feature", "relation", "response"),
         stages="sparse differences of languages and task, trimming, general phase, task phase",
+        role="smaller models",
+        skill="understanding",
     )
     demo: ClassVar = {
         **TextClassificationSystem.demo,

@@ -41,6 +41,7 @@ class CapacityGap(SweepSystem):
         elicitation="feature",
         algorithm=("pruning", "divergence"),
         stages="teachers + 2 per pair + 2",
+        role="compression",
     )
     demo: ClassVar[dict[str, Any]] = {
         **SweepSystem.demo,

@@ -43,6 +43,7 @@ class DDK(DomainSystem):
         elicitation=("feature", "curation"),
         algorithm="divergence",
         stages="teacher's perplexities + 1",
+        role="smaller models",
     )
     demo: ClassVar[dict[str, Any]] = {**DomainSystem.demo, "steps": 600, "interval": 50, "pretrain": 2.0}
     smoke: ClassVar[dict[str, Any]] = {

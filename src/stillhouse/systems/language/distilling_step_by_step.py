@@ -45,6 +45,8 @@ class DistillingStepByStep(QuestionSystem):
         elicitation="labelling",
         algorithm="supervised fine-tuning",
         stages=2,
+        role="smaller models",
+        skill="thinking patterns",
     )
     demo: ClassVar[dict[str, Any]] = {
         "lr": 1e-3,

@@ -33,6 +33,7 @@ class DistiLLM(PolicySystem):
         policy="mixed",
         elicitation="feature",
         algorithm="divergence",
+        role="smaller models",
     )
     divergence: DivergenceField = "skew-reverse"
     replay: ReplayField = 1000

@@ -51,6 +51,7 @@ class DistiLLM2(PolicySystem):
         elicitation=("feature", "labelling"),
         algorithm="divergence",
         stages=2,
+        role="smaller models",
     )
     divergence: DivergenceField = "skew-forward"
     own_divergence: OwnDivergenceField = "skew-reverse"

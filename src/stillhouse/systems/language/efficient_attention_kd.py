@@ -44,6 +44,8 @@ class EfficientAttentionKD(LongContextSystem):
         algorithm=("divergence", "similarity", "supervised fine-tuning"),
         knowledge=("response", "feature"),
         stages="2 + 2 x tasks, for each attention",
+        role="compression",
+        skill="understanding",
     )
     demo: ClassVar = {**LongContextSystem.demo, "pretrain_steps": 60, "steps": 120}
     smoke: ClassVar = {**LongContextSystem.smoke, "attention": ["nystromformer"], "pretrain_steps": 2, "steps": 22}

@@ -39,6 +39,8 @@ class ErnieTiny(TextClassificationSystem):
         algorithm=("similarity", "divergence"),
         knowledge=("feature", "relation", "response"),
         stages="teacher, augmentation, GD, GED, TAD, TSD",
+        role="smaller models",
+        skill="understanding",
     )
     demo: ClassVar = {
         **TextClassificationSystem.demo,

@@ -39,6 +39,7 @@ class FDistill(PolicySystem):
         elicitation=("feature", "labelling"),
         algorithm="divergence",
         stages=2,
+        role="smaller models",
     )
     divergence: DivergenceField = "skew-forward"  # KL(p || (p + q) / 2)
     own_divergence: OwnDivergenceField = "skew-reverse"  # KL(q || (p + q) / 2)

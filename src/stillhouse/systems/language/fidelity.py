@@ -44,6 +44,7 @@ class FidelityStudy(GridSystem):
         granularity="token",
         algorithm=("divergence", "supervised fine-tuning"),
         stages="one a student, three more",
+        role="smaller models",
     )
     demo: ClassVar[dict[str, Any]] = {
         **LanguageSystem.demo,

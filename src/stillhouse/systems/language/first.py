@@ -44,6 +44,8 @@ class FIRST(LanguageSystem):
         elicitation="feature",
         algorithm="divergence",
         stages=4,
+        role="smaller models",
+        skill="understanding",
     )
     demo: ClassVar = {
         **LanguageSystem.demo,

@@ -28,6 +28,7 @@ class GKD(PolicySystem):
         policy="mixed",
         elicitation="feature",
         algorithm="divergence",
+        role="smaller models",
     )
     divergence: DivergenceField = "jsd"
     on_policy: ShareField = 0.5

@@ -35,6 +35,7 @@ class KD(LanguageSystem):
         feedback="logits",
         elicitation="feature",
         algorithm="divergence",
+        role="smaller models",
     )
     demo: ClassVar = {**LanguageSystem.demo, "temperature": 1.0}
 

@@ -49,6 +49,7 @@ class LogitLeakage(LanguageSystem):
         teacher_access="black-box",
         algorithm="divergence",
         stages=5,
+        role="smaller models",
     )
     demo: ClassVar = {
         **LanguageSystem.demo,

@@ -44,6 +44,7 @@ class Memorisation(LanguageSystem):
         granularity="sequence",
         algorithm=("divergence", "supervised fine-tuning"),
         stages=6,
+        role="smaller models",
     )
     demo: ClassVar = {
         **LanguageSystem.demo,

@@ -52,6 +52,7 @@ class MiniLLM(PolicySystem):
         policy="on-policy",
         elicitation="feature",
         algorithm=("divergence", "reinforcement learning"),
+        role="smaller models",
     )
     divergence: DivergenceField = "reverse-kl"
     on_policy: ShareField = 1.0

@@ -41,6 +41,7 @@ class MiniPLM(LanguageSystem):
         algorithm="supervised fine-tuning",
         knowledge="data",
         stages="reference + 2 scores + selection + 1",
+        role="smaller models",
     )
     demo: ClassVar[dict[str, Any]] = {
         **LanguageSystem.demo,

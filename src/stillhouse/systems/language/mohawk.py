@@ -45,6 +45,7 @@ class MOHAWK(LanguageSystem):
         algorithm=("similarity", "divergence"),
         knowledge=("relation", "feature", "response"),
         stages=4,
+        role="compression",
     )
     demo: ClassVar = {
         **LanguageSystem.demo,

@@ -37,6 +37,7 @@ class NKDLanguage(LanguageSystem):
         feedback=("logits", "labels"),
         elicitation="feature",
         algorithm="divergence",
+        role="smaller models",
     )
 
     gamma: Annotated[float, "weight of the other tokens", Ge(0)] = 1.5

@@ -19,7 +19,7 @@ from stillhouse.tasks.policies import DivergenceField, PolicySystem, ShareField
 
 @dataclass(kw_only=True)
 class OnPolicyDistillation(PolicySystem):
-    """On-policy distillation, after its survey (Song et al., 2026; see card 151).
+    """On-policy distillation, after its survey (Song and Zheng, 2026, arXiv 2604.00626; card 151).
 
     Any divergence on any mixture of the data's, the teacher's and the student's own text. Off the teacher's path a
     student that has seen nothing else errs on, O(eps T^2) in all, against O(eps T) for one that was corrected there.
@@ -31,11 +31,12 @@ class OnPolicyDistillation(PolicySystem):
         title="On-policy distillation",
         domain="language",
         family="f-divergence on mixed-policy text",
-        citation="A Survey of On-Policy Distillation for Large Language Models (2026)",
+        citation="Song and Zheng (2026), A Survey of On-Policy Distillation for Large Language Models, arXiv 2604.00626",
         feedback="logits",
         policy=("off-policy", "on-policy", "mixed"),
         elicitation="feature",
         algorithm="divergence",
+        role="smaller models",
     )
     demo: ClassVar[dict[str, Any]] = {
         "batch_size": 64,

@@ -44,6 +44,7 @@ class PSKDLM(LanguageSystem):
         elicitation="self-knowledge",
         algorithm="divergence",
         scheme="self",
+        role="self-improvement",
     )
     smoke: ClassVar = {"topk": 4, "batch_size": 16}  # 22 steps are several epochs
 

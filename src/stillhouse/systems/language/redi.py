@@ -46,6 +46,8 @@ class REDI(TraceSystem):
         scheme="offline",
         modality="text",
         stages=3,
+        skill="thinking patterns",
+        role="smaller models",
     )
     demo: ClassVar[dict[str, Any]] = {
         **TraceSystem.demo,

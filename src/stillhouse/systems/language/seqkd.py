@@ -30,6 +30,7 @@ class SeqKD(PolicySystem):
         elicitation="labelling",
         algorithm="supervised fine-tuning",
         stages=2,
+        role="smaller models",
     )
     divergence: DivergenceField = "labels"
     text: TextField = "teacher"

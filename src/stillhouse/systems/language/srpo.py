@@ -53,6 +53,8 @@ class SRPO(ReasoningSystem):
         scheme="self",
         modality="text",
         stages=1,
+        role="self-improvement",
+        skill="thinking patterns",
     )
     demo: ClassVar[dict[str, Any]] = {
         **ReasoningSystem.demo,

@@ -42,6 +42,7 @@ class SwiftKV(LanguageSystem):
         knowledge=("response", "feature"),
         scheme="self",
         stages=3,
+        role="compression",
     )
     demo: ClassVar = {**LanguageSystem.demo, "weight_decay": 0.0, "epochs": 1.0, "lr": 1e-3, "keep": "last"}
     smoke: ClassVar = {"first": 1, "group": 1, "baseline": True}

@@ -44,6 +44,7 @@ class Swing(PrivacySystem):
         elicitation="feature",
         algorithm="divergence",
         stages=4,
+        role="smaller models",
     )
     demo: ClassVar = {
         **LanguageSystem.demo,

@@ -38,6 +38,7 @@ class TAID(LanguageSystem):
         feedback="logits",
         elicitation="feature",
         algorithm="divergence",
+        role="smaller models",
     )
 
     t_start: Annotated[float, "share of the teacher in the first target (0.2 for close pairs)", Ge(0), Le(1)] = 0.4

@@ -31,12 +31,13 @@ class TeacherHacking(HackingSystem):
         title="Teacher hacking",
         domain="language",
         family="audit, off-policy against on-policy",
-        citation="Tiapkin et al. (2025), On Teacher Hacking in Language Model Distillation, arXiv 2502.02671",
+        citation="Tiapkin et al. (2025), On Teacher Hacking in Language Model Distillation, ICML 2025, arXiv 2502.02671",
         feedback="logits",
         policy=("off-policy", "on-policy", "mixed"),
         elicitation="feature",
         algorithm="divergence",
         stages=7,
+        role="smaller models",
     )
     demo: ClassVar[dict[str, Any]] = {
         **LanguageSystem.demo,

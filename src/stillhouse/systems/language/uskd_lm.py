@@ -39,6 +39,7 @@ class USKDLanguage(LanguageSystem):
         elicitation="self-knowledge",
         algorithm="divergence",
         scheme="self",
+        role="self-improvement",
     )
     demo: ClassVar = {**LanguageSystem.demo, "student": "scale:0.25", "alpha": 0.1, "mu": 0.1}
     smoke: ClassVar = {"student": "layers=2,hidden_size=8"}

@@ -35,7 +35,7 @@ class WSDS(LanguageSystem):
         domain="language",
         family="training schedule",
         citation="Wen, Li, Wang, Hall, Liang and Ma (2025), Understanding Warmup-Stable-Decay Learning Rates: A River "
-        "Valley Loss Landscape Perspective, ICLR 2025, arXiv 2410.05192",
+        "Valley Loss Landscape View, ICLR 2025, arXiv 2410.05192",
         feedback="data",
         teacher_access="teacher-free",
         algorithm="supervised fine-tuning",

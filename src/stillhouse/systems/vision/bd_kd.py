@@ -43,6 +43,7 @@ class BDKD(VisionSystem):
         algorithm="divergence",
         scheme="online",
         modality="image",
+        role="smaller models",
     )
     demo: ClassVar = {
         **VisionSystem.demo,

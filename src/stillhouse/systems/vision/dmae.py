@@ -42,6 +42,7 @@ class DMAE(MaskedImageSystem):
         knowledge="feature",
         modality="image",
         stages=2,
+        role="smaller models",
     )
     demo: ClassVar = {**MaskedImageSystem.demo, "teacher_blocks": [2], "student_blocks": [1]}
 

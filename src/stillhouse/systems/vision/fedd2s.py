@@ -49,6 +49,7 @@ class FedD2S(VisionSystem):
         scheme="online",
         modality="image",
         stages="4 a round",
+        role="smaller models",
     )
     demo: ClassVar = {
         "shift": 0,

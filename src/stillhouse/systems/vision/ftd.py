@@ -52,6 +52,7 @@ class FTD(CondensationSystem):
         scheme="offline",
         modality="image",
         stages="experts, 2, and the networks measured",
+        role="compression",
     )
     demo: ClassVar = {
         **CondensationSystem.demo,

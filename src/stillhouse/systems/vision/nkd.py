@@ -44,6 +44,7 @@ class NKDVision(VisionSystem):
         granularity="sample",
         algorithm="divergence",
         modality="image",
+        role="smaller models",
     )
     demo: ClassVar = {
         **VisionSystem.demo,

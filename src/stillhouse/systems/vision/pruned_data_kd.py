@@ -53,6 +53,7 @@ class PrunedDataKD(PruningFields):
         algorithm=("divergence", "pruning"),
         modality="image",
         stages="3 to many",
+        role="smaller models",
     )
     demo: ClassVar = {
         **PruningFields.demo,

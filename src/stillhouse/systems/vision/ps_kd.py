@@ -46,6 +46,7 @@ class PSKD(VisionSystem):
         algorithm="divergence",
         scheme="self",
         modality="image",
+        role="self-improvement",
     )
     demo: ClassVar = {
         **VisionSystem.demo,

@@ -50,6 +50,7 @@ class SlimSAM(SegmentationSystem):
         knowledge="feature",
         modality="image",
         stages=4,
+        role="compression",
     )
     demo: ClassVar = {**SegmentationSystem.demo, "gradient_images": 128}
     smoke: ClassVar = {

@@ -45,6 +45,7 @@ class USKD(VisionSystem):
         algorithm="divergence",
         scheme="self",
         modality="image",
+        role="self-improvement",
     )
     demo: ClassVar = {
         **VisionSystem.demo,
