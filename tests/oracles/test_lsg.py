@@ -151,10 +151,10 @@ def test_the_cost_grows_with_the_length():
         assert found == expected
 
 
-def test_on_one_s_own_bert_and_questions(tmp_path):
-    """Converted, filled in, distilled and tuned from directories and files, and scored by answers."""
+@pytest.fixture
+def fields(tmp_path):
+    """A run on one's own BERT, text and questions."""
     from stillhouse.models.word_tokenizer import word_tokenizer
-    from stillhouse.workflow import run_system
 
     words = [f"w{number}" for number in range(30)]
     tokenizer = word_tokenizer(words)
@@ -175,6 +175,13 @@ def test_on_one_s_own_bert_and_questions(tmp_path):
     fields |= {"questions": str(tmp_path / "asked.jsonl"), "window": 16, "length": 64, "block_size": 4, "landmarks": 8}
     fields |= {"global_tokens": 2, "sparse_tokens": "pooling", "batch_size": 2, "tune_batch": 2, "trackers": []}
     fields |= {"pretrain_steps": 2, "steps": 2, "tune_steps": 2}
+    return fields
+
+
+def test_on_one_s_own_bert_and_questions(fields, tmp_path):
+    """Converted, filled in, distilled and tuned from directories and files, and scored by answers."""
+    from stillhouse.workflow import run_system
+
     done = run_system("efficient-attention-kd", fields, output=tmp_path / "run", quiet=True)
     figures = done.artifacts["evaluation"].metrics
     for who in ("teacher", "student"):
@@ -183,3 +190,12 @@ def test_on_one_s_own_bert_and_questions(tmp_path):
     student = load_efficient(done.artifacts["student"].path)
     expected = {"block": 4, "factor": 2, "selection": "pooling", "global_tokens": 2}
     assert student.config.lsg == expected and student.config.num_hidden_layers == 1
+
+
+def test_any_length_where_there_are_no_landmarks(fields, tmp_path):
+    """Groups of ``landmarks`` tokens are a matter of Nystromformers alone."""
+    from stillhouse.workflow import run_system
+
+    longer = {"attention": ["longformer"], "attention_window": 8, "length": 40, "landmarks": 16}
+    done = run_system("efficient-attention-kd", {**fields, **longer}, output=tmp_path / "run", quiet=True)
+    assert done.artifacts["evaluation"].metrics["longformer student/flops"] > 0

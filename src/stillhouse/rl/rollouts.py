@@ -118,7 +118,8 @@ class RolloutSource:
     def __next__(self) -> dict[str, Any]:
         if not self._queue:
             self._collect()
-        return {**self.collate([self._rollouts[place] for place in self._queue.pop(0)]), "round": self._round}
+        batch = self.collate([self._rollouts[place] for place in self._queue.pop(0)])
+        return {**batch, "round": torch.tensor(self._round)}
 
     def _collect(self) -> None:
         """One round."""
