@@ -31,7 +31,8 @@ class OnPolicyDistillation(PolicySystem):
         title="On-policy distillation",
         domain="language",
         family="f-divergence on mixed-policy text",
-        citation="Song and Zheng (2026), A Survey of On-Policy Distillation for Large Language Models, arXiv 2604.00626",
+        citation="Song and Zheng (2026), A Survey of On-Policy Distillation for Large Language Models, "
+        "arXiv 2604.00626",
         feedback="logits",
         policy=("off-policy", "on-policy", "mixed"),
         elicitation="feature",

@@ -31,7 +31,8 @@ class TeacherHacking(HackingSystem):
         title="Teacher hacking",
         domain="language",
         family="audit, off-policy against on-policy",
-        citation="Tiapkin et al. (2025), On Teacher Hacking in Language Model Distillation, ICML 2025, arXiv 2502.02671",
+        citation="Tiapkin et al. (2025), On Teacher Hacking in Language Model Distillation, ICML 2025, "
+        "arXiv 2502.02671",
         feedback="logits",
         policy=("off-policy", "on-policy", "mixed"),
         elicitation="feature",
