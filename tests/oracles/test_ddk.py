@@ -431,6 +431,7 @@ def test_a_fixed_mixture_looks_at_nobody(materials, tmp_path, monkeypatch):
     assert done.artifacts["domains"].metrics["student/weight_change"] == 0
 
 
+@pytest.mark.slow
 def test_doremi_s_mixture_is_the_mean_of_its_proxy_s_weights_and_survives_a_kill(materials, tmp_path, monkeypatch):
     """The student reads by it from the first step on; nobody looks at the student meanwhile."""
     monkeypatch.setattr(language, "tokens_per_second", lambda *_: 1.0)

@@ -377,7 +377,7 @@ def test_nearest_systems():
 
 def test_the_new_axes_are_closed():
     meta = dataclasses.replace(get_system("kd").meta, skill=("code", "planning"), vertical="law")
-    assert (meta.skill, meta.vertical, meta.role) == (("code", "planning"), ("law",), ("none",))
+    assert (meta.skill, meta.vertical, meta.role) == (("code", "planning"), ("law",), ("smaller models",))
     with pytest.raises(ConfigError, match=r"skill='coding'.*code"):
         dataclasses.replace(meta, skill="coding")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from stillhouse.models.text_classifier import load_text_classifier
 from stillhouse.systems import all_systems
 from stillhouse.tasks.bilingual import DIRECTIONS, read_directions
 from stillhouse.workflow import run_system
 
 
+@pytest.mark.slow
 def test_a_narrower_student_passes_both_phases(tmp_path):
     values = {**all_systems()["bistil"].smoke, "trackers": [], "hidden_factor": 2}
     done = run_system("bistil", values, output=tmp_path / "run", quiet=True)

@@ -25,6 +25,7 @@ def values(materials, **more):
     return {**helpers.small_values(all_systems()["capacity-gap"], materials), **QUICK, "chat": None, **more}
 
 
+@pytest.mark.slow
 def test_teachers_learn_a_larger_vocabulary_and_students_inherit_it(materials, tmp_path):
     (tmp_path / "tokens.txt").write_text("never\nbright river\n")
     (tmp_path / "talk.jsonl").write_text(

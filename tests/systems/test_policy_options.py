@@ -36,6 +36,7 @@ def run(
     return helpers.weights(artifacts["student"].path), artifacts["evaluation"].metrics
 
 
+@pytest.mark.slow
 def test_the_diversity_probe_adds_figures_and_changes_no_other(materials, tmp_path):
     plain_weights, plain = run("gkd", materials, tmp_path / "plain")
     weights, probed = run("gkd", materials, tmp_path / "probed", own_responses=3)
@@ -49,6 +50,7 @@ def test_the_diversity_probe_adds_figures_and_changes_no_other(materials, tmp_pa
     assert 0 <= probed["student/self_bleu"] <= probed["teacher/self_bleu"] < 1
 
 
+@pytest.mark.slow
 def test_text_of_ones_own_beside_the_students(materials, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(helpers.sentences(60, seed=7), encoding="utf-8")
@@ -59,6 +61,7 @@ def test_text_of_ones_own_beside_the_students(materials, tmp_path):
     assert any(not helpers.same(tensor, changed[name]) for name, tensor in default.items())
 
 
+@pytest.mark.slow
 def test_the_teacher_writes_along_in_one_way_only(materials, tmp_path):
     plain, _ = run("gkd", materials, tmp_path / "plain", on_policy=1.0)
     corrected, _ = run("gkd", materials, tmp_path / "corrected", on_policy=1.0, accept=1)

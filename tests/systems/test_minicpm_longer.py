@@ -26,6 +26,7 @@ def values(materials, **more):
     return {**base, **QUICK, "validation": 0.3, "window": 64, **more}
 
 
+@pytest.mark.slow
 def test_contexts_grow_from_the_stable_model(materials, tmp_path):
     given = {"long_windows": (128, 256), "long_data": str(materials.folder / "long.txt"), "long_base": 50.0}
     done = run_system("minicpm", values(materials, **given), output=tmp_path / "run", quiet=True)
