@@ -8,13 +8,11 @@ from typing import Any
 import torch
 
 
-class Alternating:
-    """Batches of several sources in turn; ``batch[key]`` (B,) says which source a batch is from."""
+class Several:
+    """What streams made of several sources have in common: the passes of the slowest, one share for all."""
 
-    def __init__(self, sources: Sequence[Any], *, key: str = "language") -> None:
+    def __init__(self, sources: Sequence[Any]) -> None:
         self.sources = sources
-        self.key = key
-        self._turn = 0
 
     @property
     def epoch(self) -> int:
@@ -29,6 +27,15 @@ class Alternating:
         for source in self.sources:
             if hasattr(source, "shard"):
                 source.shard = value
+
+
+class Alternating(Several):
+    """Batches of several sources in turn; ``batch[key]`` (B,) says which source a batch is from."""
+
+    def __init__(self, sources: Sequence[Any], *, key: str = "language") -> None:
+        super().__init__(sources)
+        self.key = key
+        self._turn = 0
 
     def __next__(self) -> Mapping[str, Any]:
         number = self._turn % len(self.sources)

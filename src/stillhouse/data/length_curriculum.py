@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.base.errors import DataError
+from stillhouse.data.alternating import Several
 
 
 def documents_of(stream_NT: Tensor, *, end: int) -> list[Tensor]:
@@ -45,7 +46,7 @@ def padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "loss_mask": mask}
 
 
-class TokenShares:
+class TokenShares(Several):
     """Batches of two sources such that ``share`` of all tokens so far are the first one's, as nearly as can be.
 
     The next batch is the first source's while that has less than its share; so the tokens of one batch are the most
@@ -53,22 +54,9 @@ class TokenShares:
     """
 
     def __init__(self, first: Any, second: Any, share: float) -> None:
-        self.sources = (first, second)
+        super().__init__((first, second))
         self.share = share
         self.tokens = [0, 0]
-
-    @property
-    def epoch(self) -> int:
-        return min(source.epoch for source in self.sources)
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        return getattr(self.sources[0], "shard", (0, 1))
-
-    @shard.setter
-    def shard(self, value: tuple[int, int]) -> None:
-        for source in self.sources:
-            source.shard = value
 
     def __next__(self) -> Any:
         number = 0 if self.tokens[0] < self.share * sum(self.tokens) else 1
