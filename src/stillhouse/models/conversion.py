@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.base.errors import ModelError
-from stillhouse.models.own_types import base_type_in, causal_classes, load_saved
+from stillhouse.models.own_types import base_type_in, causal_classes, load_saved, made_known
 from stillhouse.models.state_space import StateSpaceMixer, inherit_attention
 
 if TYPE_CHECKING:
@@ -138,8 +138,6 @@ def register_converted(folder: str | Path) -> tuple[type[PretrainedConfig], type
 @functools.cache
 def converted_classes(base_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """The config and model class of a converted ``base_type`` (``"llama"``), known to the Auto classes from now on."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     base_config: Any
     base_model: Any
     base_config, base_model = causal_classes(base_type)
@@ -154,11 +152,7 @@ def converted_classes(base_type: str) -> tuple[type[PretrainedConfig], type[PreT
             super().__init__(config)
             _put_mixers(self, config.mixers)
 
-    Config.__name__ = Config.__qualname__ = f"Converted{base_config.__name__}"
-    Model.__name__ = Model.__qualname__ = f"Converted{base_model.__name__}"
-    AutoConfig.register(Config.model_type, Config)
-    AutoModelForCausalLM.register(Config, Model)
-    return Config, Model
+    return made_known(Config, Model, prefix="Converted")
 
 
 def _put_mixers(model: PreTrainedModel, mixers: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.base.errors import ModelError
-from stillhouse.models.own_types import base_type_in, causal_classes, load_saved
+from stillhouse.models.own_types import base_type_in, causal_classes, load_saved, made_known
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -166,8 +166,6 @@ def register_expanded(folder: str | Path) -> tuple[type[PretrainedConfig], type[
 @functools.cache
 def expanded_classes(base_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """The config and model class of an expanded ``base_type`` (``"llama"``), known to the Auto classes from now on."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     base_config: Any
     base_model: Any
     base_config, base_model = causal_classes(base_type)
@@ -205,11 +203,7 @@ def expanded_classes(base_type: str) -> tuple[type[PretrainedConfig], type[PreTr
                 inputs["before"] = input_ids[:, : -new.shape[1]][:, -LONGEST:]
             return inputs
 
-    Config.__name__ = Config.__qualname__ = f"Expanded{base_config.__name__}"
-    Model.__name__ = Model.__qualname__ = f"Expanded{base_model.__name__}"
-    AutoConfig.register(Config.model_type, Config)
-    AutoModelForCausalLM.register(Config, Model)
-    return Config, Model
+    return made_known(Config, Model, prefix="Expanded")
 
 
 def check_spelled(pieces: Sequence[bytes | None]) -> None:

@@ -39,6 +39,17 @@ def causal_classes(base_type: str) -> tuple[Any, Any]:
     return CONFIG_MAPPING[base_type], MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]]
 
 
+def made_known(config_class: Any, model_class: Any, *, prefix: str) -> tuple[Any, Any]:
+    """Name two classes after those they change, and let the Auto classes load them from now on; returns them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for one in (config_class, model_class):
+        one.__name__ = one.__qualname__ = prefix + one.__base__.__name__
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForCausalLM.register(config_class, model_class)
+    return config_class, model_class
+
+
 def load_saved(model_class: Any, folder: str | Path, *, dtype: torch.dtype | None) -> PreTrainedModel:
     """What ``save_pretrained`` wrote into ``folder``, in eval mode; nothing is filled with random numbers.
 

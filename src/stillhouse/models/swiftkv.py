@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from stillhouse.base.errors import ModelError, one_line
 from stillhouse.models.conversion import attention_paths
-from stillhouse.models.own_types import base_type_in, causal_classes, load_saved
+from stillhouse.models.own_types import base_type_in, causal_classes, load_saved, made_known
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -267,7 +267,7 @@ def is_swiftkv(folder: str | Path) -> bool:
 @functools.cache
 def swiftkv_classes(base_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """The config and model class of a converted ``base_type`` (``"llama"``), known to the Auto classes from now on."""
-    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
 
     base_config: Any
     base_model: Any
@@ -306,11 +306,7 @@ def swiftkv_classes(base_type: str) -> tuple[type[PretrainedConfig], type[PreTra
             finally:
                 self.config.swiftkv = before
 
-    Config.__name__ = Config.__qualname__ = f"SwiftKV{base_config.__name__}"
-    Model.__name__ = Model.__qualname__ = f"SwiftKV{base_model.__name__}"
-    AutoConfig.register(Config.model_type, Config)
-    AutoModelForCausalLM.register(Config, Model)
-    return Config, Model
+    return made_known(Config, Model, prefix="SwiftKV")
 
 
 # -- the cache ------------------------------------------------------------------------------------------------------
