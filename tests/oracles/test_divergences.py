@@ -26,6 +26,7 @@ from stillhouse.losses import (
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
+    ToDi,
     TotalVariation,
     align_vocabulary,
     reduce,
@@ -122,7 +123,9 @@ def test_gradients_against_finite_differences(divergence, temperature):
         )
 
 
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, InterpolatedForwardKL(t=0.3)], ids=name)
+@pytest.mark.parametrize(
+    "divergence", [*DIVERGENCES, ToDi(), ToDi(temperature=2.0), InterpolatedForwardKL(t=0.3)], ids=name
+)
 def test_closed_form_gradient_is_autograds(divergence):
     for scale in (0.1, 1.0, 10.0):
         student_NV = logits(4, 6, 9, scale=scale).requires_grad_()
@@ -274,6 +277,50 @@ def test_high_temperature_matches_centred_logits():
 # --- TAID (card 048) ----------------------------------------------------------------------------------------
 
 
+def test_todi_is_both_kls_in_value_and_neither_in_gradient():
+    """(p^2 - q^2) / (p + q) = p - q; the stopped weight makes another gradient of it."""
+    student_NV, teacher_NV = logits(30, 6, 9), logits(31, 6, 9)
+    loss_N, grad_NV = value_and_grad(ToDi(), student_NV, teacher_NV)
+    forward, reverse = (value_and_grad(d, student_NV, teacher_NV) for d in (ForwardKL(), ReverseKL()))
+    torch.testing.assert_close(loss_N, forward[0] + reverse[0])
+    assert (grad_NV - forward[1] - reverse[1]).abs().max() > 0.1
+
+
+def test_todi_s_weight_is_a_constant():
+    """Jung et al. (2025): entry by entry, with the weight frozen at where the student stands."""
+    student_NV, teacher_NV = logits(32, 4, 7).requires_grad_(), logits(33, 4, 7)
+    q_NV, p_NV = student_NV.softmax(-1), teacher_NV.softmax(-1)
+    weight_NV = (p_NV / (p_NV + q_NV)).detach()
+    kept_N = (weight_NV * p_NV * (p_NV / q_NV).log() + (1 - weight_NV) * q_NV * (q_NV / p_NV).log()).sum(-1)
+    (expected_NV,) = torch.autograd.grad(kept_N.sum(), student_NV, retain_graph=True)
+    loss_N, grad_NV = value_and_grad(ToDi(), student_NV, teacher_NV)
+    torch.testing.assert_close(loss_N, kept_N.detach())
+    torch.testing.assert_close(grad_NV, expected_NV)
+    moving_NV = p_NV / (p_NV + q_NV)
+    free_N = (moving_NV * p_NV * (p_NV / q_NV).log() + (1 - moving_NV) * q_NV * (q_NV / p_NV).log()).sum(-1)
+    (free_NV,) = torch.autograd.grad(free_N.sum(), student_NV)
+    assert (grad_NV - free_NV).abs().max() > 0.02
+
+
+def test_todi_takes_the_side_that_is_needed():
+    """An entry the student hardly has gets forward KL's pull, one the teacher hardly has reverse KL's push."""
+    p, q = torch.tensor([0.9, 0.1 - 1e-9, 1e-9]).double(), torch.tensor([1e-9, 0.1, 0.9 - 1e-9]).double()
+    pull, push = -p[0], q[2] * (1 + (q[2] / p[2]).log())  # q d loss / d q of forward KL there, and of reverse KL
+    even = (p[1] * -0.5 + 0.5 * q[1]).item()  # where they agree: half of each
+    terms = torch.stack([pull, torch.tensor(even).double(), push])
+    grad_V = value_and_grad(ToDi(), q.log(), p.log())[1]
+    torch.testing.assert_close(grad_V, terms - q * terms.sum(), rtol=1e-6, atol=1e-7)
+
+
+def test_near_the_teacher_todi_is_half_of_both():
+    q = torch.tensor([0.2, 0.5, 0.3]).double()
+    p = q + 1e-5 * torch.tensor([1.0, -2.0, 1.0])
+    grad_V, forward_V, reverse_V = (
+        value_and_grad(divergence, q.log(), p.log())[1] for divergence in (ToDi(), ForwardKL(), ReverseKL())
+    )
+    torch.testing.assert_close(grad_V, (forward_V + reverse_V) / 2, rtol=1e-3, atol=0)
+
+
 def test_taid_by_hand():
     z_s_V, z_p_V = torch.tensor([0.0, 0.0]), torch.tensor([2.0, 0.0])
     expected_V = torch.tensor([-0.2311, 0.2311])
@@ -329,7 +376,7 @@ rows = st.lists(st.tuples(st.floats(-20, 20, width=32), st.floats(-20, 20, width
 @given(pair=rows, shift=st.floats(-1e3, 1e3))
 def test_properties(pair, shift):
     student_V, teacher_V = pair
-    for divergence in DIVERGENCES:
+    for divergence in (*DIVERGENCES, ToDi()):
         loss, grad_V = value_and_grad(divergence, student_V, teacher_V)
         size = max(1.0, loss.item(), grad_V.abs().max().item())
         assert loss >= -1e-9 * size
@@ -352,7 +399,7 @@ def test_properties(pair, shift):
 @given(pair=rows, temperature=st.floats(0.2, 20))
 def test_temperature_divides_logits(pair, temperature):
     student_V, teacher_V = pair
-    for divergence in (ForwardKL(), TotalVariation(), AlphaBeta(alpha=0.3, beta=0.6)):
+    for divergence in (ForwardKL(), TotalVariation(), ToDi(), AlphaBeta(alpha=0.3, beta=0.6)):
         softened = dataclasses.replace(divergence, temperature=temperature)
         expected = temperature**2 * divergence(student_V / temperature, teacher_V / temperature)
         torch.testing.assert_close(softened(student_V, teacher_V), expected)
@@ -361,7 +408,7 @@ def test_temperature_divides_logits(pair, temperature):
 # --- precision and shapes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence", [*BOUNDED, InterpolatedForwardKL(t=0.5)], ids=name)
+@pytest.mark.parametrize("divergence", [*BOUNDED, ToDi(), InterpolatedForwardKL(t=0.5)], ids=name)
 def test_huge_logits_stay_finite_and_right(divergence):
     student_NV = torch.tensor([[1e4, -1e4, 0.0], [0.0, 300.0, -300.0], [-500.0, 0.0, 500.0], [9e3, 9e3, 0.0]])
     teacher_NV = torch.tensor([[-1e4, 1e4, 0.0], [0.0, -300.0, 300.0], [-500.0, 1.0, 500.0], [9e3, 0.0, 9e3]])
@@ -375,7 +422,7 @@ def test_huge_logits_stay_finite_and_right(divergence):
         torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("divergence", [*BOUNDED, InterpolatedForwardKL(t=0.5)], ids=name)
+@pytest.mark.parametrize("divergence", [*BOUNDED, ToDi(), InterpolatedForwardKL(t=0.5)], ids=name)
 def test_half_precision_is_computed_in_float32(divergence):
     for dtype in (torch.bfloat16, torch.float16):
         student_NV, teacher_NV = logits(18, 2, 3, 40).to(dtype), logits(19, 2, 3, 40).to(dtype)

@@ -185,10 +185,10 @@ def test_a_rate_that_diverges_is_infinitely_bad_and_ends_nothing(materials, tmp_
 
 def test_other_errors_of_a_trial_are_errors(materials, tmp_path, monkeypatch):
     def fails(stage: Any, context: Any) -> str:
-        raise RunError("the disk is full")
+        raise RunError("the disk became full")
 
     monkeypatch.setattr("stillhouse.core.train.Train.execute", fails)
-    with pytest.raises(RunError, match="disk is full"):
+    with pytest.raises(RunError, match="disk became full"):
         watched(small(materials, tunnel_widths=(8,), tunnel_steps=2), tmp_path / "run", until="wind-tunnel")
 
 

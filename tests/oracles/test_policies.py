@@ -446,14 +446,6 @@ def test_members_are_configurations_of_one_family():
     assert value("seqkd", batch) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_minillm_cannot_learn_from_a_teacher_that_is_kept():
-    """Its text is new in every round; learning from given text it may."""
-    for kept in ({"teacher": "x", "teacher_topk": 8}, {"teacher": "http://127.0.0.1:9/v1#m"}):
-        system = get_system("minillm").make(data="y", **kept)
-        with pytest.raises(ConfigError, match="the student's text is new in every round"):
-            next(system.stages(SimpleNamespace()))
-
-
 def test_without_own_text_there_is_one_divergence():
     """f-distill's own configuration for the data's text keeps its default for the student's, and does not need it."""
     system = get_system("f-distill").make(divergence="forward-kl", on_policy=0.0)

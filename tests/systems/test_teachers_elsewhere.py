@@ -124,6 +124,19 @@ def test_a_teacher_behind_an_endpoint_teaches_what_the_same_teacher_here_does(na
     assert there["figures"]["student/val_loss"] == pytest.approx(here["figures"]["student/val_loss"], abs=1e-3)
 
 
+def test_minillm_with_a_teacher_behind_an_endpoint_is_minillm_with_the_same_teacher_here(materials, served, tmp_path):
+    fields = {"teacher_share": 0.0, "rollouts": 4, "inner_epochs": 2}
+    here = run("minillm", materials, tmp_path / "here", **fields)
+    there = run("minillm", materials, tmp_path / "there", teacher=served.url, teacher_topk=10_000, **fields)
+    asked = len(served.asked)
+    few = run("minillm", materials, tmp_path / "few", teacher=served.url, teacher_topk=2, **fields)
+    assert close(here, there) and not close(here, few)
+    assert 0 < asked <= 8 * 4 / 2 + 4  # a response is scored once, though it is used twice
+    for wrong, line in {"teacher_share": (0.2, "set teacher_share=0"), "long": (False, "is gkd")}.items():
+        with pytest.raises(ConfigError, match=line[1]):
+            run("minillm", materials, tmp_path / wrong, teacher=served.url, **{**fields, wrong: line[0]})
+
+
 def test_a_teacher_that_is_kept_teaches_the_same(materials, tmp_path):
     here = run("gkd", materials, tmp_path / "here", on_policy=0.0)
     assert close(here, run("gkd", materials, tmp_path / "kept", on_policy=0.0, teacher_topk=10_000))
@@ -151,8 +164,8 @@ def test_a_chat_model_answers_the_training_conversations_only(materials, served,
 
 
 def test_what_cannot_be_done_is_said(materials, served, tmp_path):
-    with pytest.raises(ConfigError, match="minillm needs the teacher's weights"):
-        run("minillm", materials, tmp_path / "one", teacher=served.url, teacher_share=0.0)
+    with pytest.raises(ConfigError, match="nothing of the teacher can be kept"):
+        run("minillm", materials, tmp_path / "one", teacher_topk=5)
     with pytest.raises(ConfigError, match="kd needs the teacher's weights"):
         run("kd", materials, tmp_path / "two", teacher=served.url)
     with pytest.raises(ConfigError, match="write URL#MODEL"):

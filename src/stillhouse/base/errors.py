@@ -27,6 +27,10 @@ class RunError(StillhouseError):
     """A run directory that cannot be used, or a run that cannot go on."""
 
 
+class Diverged(RunError):
+    """A loss or a weight became infinite or no number at all."""
+
+
 class Interrupted(RunError):
     """The user or the scheduler asked the run to stop; its state is saved."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from stillhouse.base.errors import Interrupted, RunError
+from stillhouse.base.errors import Diverged, Interrupted, RunError
 from stillhouse.base.files import Checkpoints, check_room, random_state, restore_random_state
 from stillhouse.base.monitor import StopRequest
 from stillhouse.base.sharded import clip_gradients, full, load_module_state, load_optimizer_state, whole
@@ -434,10 +434,10 @@ class _Loop:
                 )
         return {id(value): number for (*_, value), number in zip(values, numbers, strict=True)}
 
-    def _gone_bad(self, step: int, what: str) -> RunError:
+    def _gone_bad(self, step: int, what: str) -> Diverged:
         kept = self.checkpoints.all()
         where = f"the checkpoint of step {int(kept[-1].name)} is kept" if kept else "no checkpoint was made yet"
-        return RunError(
+        return Diverged(
             f"stage {self.stage.name!r}, step {step}: {what}; {where}; lower the learning rate, clip gradients, "
             "or look at the data"
         )

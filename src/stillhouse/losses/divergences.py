@@ -332,6 +332,33 @@ class AlphaBeta(_Softened):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToDi(_Softened):
+    """sum a p log(p/q) + (1 - a) q log(q/p), a = sg(p / (p + q)) for every entry (ToDi, Jung et al., 2025).
+
+    arXiv 2505.16297. The weight a = sigmoid(log p - log q) is taken as constant: where the student says too little
+    the term of ``ForwardKL`` draws it up, where it says too much that of ``ReverseKL`` pushes it down. The value is
+    KL(p || q) + KL(q || p), as (p^2 - q^2) / (p + q) = p - q, but the gradient is not that of this sum.
+
+    Raises ``ValueError`` unless ``temperature`` > 0.
+    """
+
+    def _value(self, log_q_NV: Tensor, log_p_NV: Tensor) -> Tensor:
+        log_ratio_NV = log_p_NV - log_q_NV
+        a_NV = log_ratio_NV.detach().sigmoid()
+        return ((a_NV * log_p_NV.exp() - (1 - a_NV) * log_q_NV.exp()) * log_ratio_NV).sum(-1)
+
+    def _value_and_grad(self, log_q_NV: Tensor, log_p_NV: Tensor) -> tuple[Tensor, Tensor]:
+        log_ratio_NV = log_p_NV - log_q_NV
+        a_NV = log_ratio_NV.sigmoid()
+        up_NV, q_NV = log_p_NV.exp_().mul_(a_NV), log_q_NV.exp_()
+        down_NV = a_NV.neg_().add_(1).mul_(q_NV)
+        loss_N = torch.sub(up_NV, down_NV).mul_(log_ratio_NV).sum(-1)
+        # q d loss / d q = (1 - a) q (1 - log(p/q)) - a p
+        terms_NV = log_ratio_NV.neg_().add_(1).mul_(down_NV).sub_(up_NV)
+        return loss_N, _minus_expectation_(terms_NV, q_NV, terms_NV.sum(-1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class InterpolatedForwardKL:
     """TAID: - sum p_t log q, p_t = softmax((1 - t) sg(student) + t teacher) (Shing et al., 2025).
 

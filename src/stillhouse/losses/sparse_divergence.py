@@ -17,6 +17,7 @@ from stillhouse.losses.divergences import RowDivergence, common_vocabulary, valu
 from stillhouse.losses.linear_divergence import (
     LinearDivergence,
     OutputLayer,
+    Reduction,
     RowTerm,
     label_term,
     linear_loss,
@@ -115,6 +116,7 @@ def linear_topk_divergence(
     weight_N: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    reduction: Reduction = "mean",
 ) -> LinearDivergence:
     """`linear_divergence` to a teacher known by its ``K`` likeliest tokens and the rest's mass.
 
@@ -152,5 +154,5 @@ def linear_topk_divergence(
             coefficient=divergence_weight,
         )
     )
-    loss, values = linear_loss(student_hidden_ND, head, terms, chunk_tokens, "mean")
+    loss, values = linear_loss(student_hidden_ND, head, terms, chunk_tokens, reduction)
     return LinearDivergence(loss, values[-1], values[0] if labels_N is not None else None)

@@ -20,7 +20,10 @@ from stillhouse.objectives.scheduled import ScheduledDivergence
 
 
 class CrossEntropy(Term):
-    """Cross-entropy of ``student`` logits (B, ..., V) against ``batch[target]`` (B, ...); -100 is left out."""
+    """Cross-entropy of ``student`` logits (B, ..., V) against ``batch[target]`` (B, ...); -100 is left out.
+
+    Where nothing is left, it is 0 with zero gradients.
+    """
 
     def __init__(
         self, student: Signal, *, target: str = "labels", label_smoothing: float = 0.0, name: str | None = None
@@ -33,7 +36,8 @@ class CrossEntropy(Term):
         if self.target not in batch:
             raise KeyError(f"{self.name}: the batch has no {self.target!r}; it has: {', '.join(batch)}")
         logits_NV, labels_N = student.flatten(0, -2), batch[self.target].flatten()
-        return F.cross_entropy(logits_NV.float(), labels_N, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits_NV.float(), labels_N, label_smoothing=self.label_smoothing)
+        return loss.where((labels_N != IGNORE_INDEX).any(), 0.0)  # a mean over nothing is no number
 
 
 class LogitMatch(Term):

@@ -6,6 +6,7 @@ Shapes: B rows (prompt and response), T tokens, N response tokens of the batch, 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from stillhouse.data.responses import response_tokens
 from stillhouse.losses.divergences import ReverseKL
 from stillhouse.losses.linear_divergence import linear_divergence
 from stillhouse.losses.policy_gradient import clipped_surrogate, later_in_row
-from stillhouse.losses.token_logprobs import token_logprobs
+from stillhouse.losses.sparse_divergence import linear_topk_divergence
+from stillhouse.losses.token_logprobs import Head, token_logprobs
 from stillhouse.objectives.language import LanguageHead
 from stillhouse.objectives.responses import opened
 
@@ -34,7 +36,9 @@ class SequenceReverseKL(Term):
     as it was written: R and w are from then, as in the authors' code.
 
     Args:
-        student, teacher: output heads.
+        student, teacher: output heads. Without a teacher the batch says what it thinks: ``gain`` and ``old_logp``, and
+            of every token's place its K likeliest, ``teacher_tokens`` and ``teacher_log_p`` (N, K), and what is left,
+            ``teacher_log_rest`` (N); ``SingleStep`` then compares K + 1 outcomes.
         teacher_share: of the mixture ``(1 - share) q + share p`` that the tokens were drawn from; each is weighed by
             w = q / mixture, the paper's approximation of the whole prefix's ratio.
         length_normalised: R is the mean over what comes after; if not, the sum (the exact gradient, where share is 0).
@@ -44,7 +48,7 @@ class SequenceReverseKL(Term):
     def __init__(
         self,
         student: LanguageHead,
-        teacher: LanguageHead,
+        teacher: LanguageHead | None,
         *,
         teacher_share: float = 0.2,
         length_normalised: bool = True,
@@ -52,7 +56,8 @@ class SequenceReverseKL(Term):
         vocab_size: int | None = None,
         name: str = "SingleStep",
     ) -> None:
-        super().__init__(name=name, **student.signals("student"), **teacher.signals("teacher", detach=True))
+        signals = student.signals("student") | (teacher.signals("teacher", detach=True) if teacher else {})
+        super().__init__(name=name, **signals)
         self.heads = (student, teacher)
         self.teacher_share = teacher_share
         self.length_normalised = length_normalised
@@ -62,34 +67,23 @@ class SequenceReverseKL(Term):
     def compute(self, *, batch: Batch, progress: Progress, **tensors: Tensor) -> list[TermValue]:
         at_BT, label_N, row_N = response_tokens(batch)
         student_BTD, student = opened(self.heads[0], "student", tensors)
-        teacher_BTE, teacher = opened(self.heads[1], "teacher", tensors)
-        hidden_ND, target_NE = student_BTD[at_BT], teacher_BTE[at_BT]
+        hidden_ND = student_BTD[at_BT]
         logp_N = token_logprobs(hidden_ND, student, label_N)
+        teacher = None
+        if self.heads[1] is not None:
+            teacher_BTE, layer = opened(self.heads[1], "teacher", tensors)
+            teacher = (teacher_BTE[at_BT], layer)
         with torch.no_grad():
             if "old_logp" in batch:
                 old_N, gain_N = batch["old_logp"], batch["gain"]
             else:
-                old_N, gain_N = logp_N.detach(), token_logprobs(target_NE, teacher, label_N) - logp_N
+                assert teacher is not None
+                old_N, gain_N = logp_N.detach(), token_logprobs(*teacher, label_N) - logp_N
             weight_N = self._weights(gain_N)
             later_N, count_N = later_in_row(gain_N, row_N)
             R_N = later_N / count_N.clamp(min=1) if self.length_normalised else later_N
         long_N = clipped_surrogate(logp_N, old_N, R_N, **self.clip)
-        single = linear_divergence(
-            hidden_ND,
-            student.weight,
-            target_NE,
-            teacher.weight,
-            divergence=ReverseKL(),
-            student_bias_V=student.bias,
-            teacher_bias_V=teacher.bias,
-            student_logit_scale=student.scale,
-            teacher_logit_scale=teacher.scale,
-            student_softcap=student.softcap,
-            teacher_softcap=teacher.softcap,
-            weight_N=weight_N,
-            vocab_size=self.vocab_size,
-            reduction="sum",
-        )
+        single = self._single_step(hidden_ND, student, teacher, batch, weight_N)
         tokens = max(1, len(label_N))
         with torch.no_grad():
             rho_N = torch.exp(logp_N - old_N)
@@ -97,7 +91,40 @@ class SequenceReverseKL(Term):
             self.log("kl", (logp_N - old_N - gain_N).sum() / tokens)
             self.log("weight", weight_N.sum() / tokens)
             self.log("clipped", outside_N.sum() / tokens)
-        return [TermValue(self.name, single.loss / tokens), TermValue("Long", (weight_N * long_N).sum() / tokens)]
+        return [TermValue(self.name, single / tokens), TermValue("Long", (weight_N * long_N).sum() / tokens)]
+
+    def _single_step(
+        self,
+        hidden_ND: Tensor,
+        student: Head,
+        teacher: tuple[Tensor, Head] | None,
+        batch: Batch,
+        weight_N: Tensor,
+    ) -> Tensor:
+        """The tokens' reverse KLs, weighed and summed."""
+        common: dict[str, Any] = {
+            "divergence": ReverseKL(),
+            "student_bias_V": student.bias,
+            "student_logit_scale": student.scale,
+            "student_softcap": student.softcap,
+            "weight_N": weight_N,
+            "vocab_size": self.vocab_size,
+            "reduction": "sum",
+        }
+        if teacher is None:
+            said = (batch[f"teacher_{name}"] for name in ("tokens", "log_p", "log_rest"))
+            return linear_topk_divergence(hidden_ND, student.weight, *said, **common).loss
+        target_NE, layer = teacher
+        return linear_divergence(
+            hidden_ND,
+            student.weight,
+            target_NE,
+            layer.weight,
+            teacher_bias_V=layer.bias,
+            teacher_logit_scale=layer.scale,
+            teacher_softcap=layer.softcap,
+            **common,
+        ).loss
 
     def _weights(self, gain_N: Tensor) -> Tensor:
         """q / ((1 - share) q + share p), from log p / q."""

@@ -211,7 +211,7 @@ class ReusedText:
 
     Args:
         source: writes a batch at each turn.
-        note: values by name for the response tokens of a batch, each (N).
+        note: values by name for the response tokens of a batch, each (N) or (N, ...).
         batches: in a round.
         times: each row is used.
         beside: batches of text that every batch has as ``text``.

@@ -24,7 +24,7 @@ from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Generate, Stage
-from stillhouse.data.responses import Coder, Row, pack_rows
+from stillhouse.data.responses import Coder, Row, pack_rows, response_tokens
 from stillhouse.data.sources import Batches
 from stillhouse.data.text import load_text
 from stillhouse.data.windows import conversation_windows, tokenize_windows
@@ -36,6 +36,7 @@ from stillhouse.losses.divergences import (
     RowDivergence,
     SkewedForwardKL,
     SkewedReverseKL,
+    ToDi,
     TotalVariation,
 )
 from stillhouse.metrics.diversity import diversity
@@ -52,7 +53,9 @@ from stillhouse.teachers.cache import Numbered, model_fingerprint
 from stillhouse.teachers.endpoint import EndpointTeacher
 from stillhouse.teachers.scorer import EndpointScorer, Scored, given_teacher
 
-Divergence = Literal["forward-kl", "reverse-kl", "jsd", "tvd", "skew-forward", "skew-reverse", "alpha-beta", "labels"]
+Divergence = Literal[
+    "forward-kl", "reverse-kl", "jsd", "tvd", "skew-forward", "skew-reverse", "alpha-beta", "todi", "labels"
+]
 DivergenceField = Annotated[Divergence, "between teacher and student, token by token; labels: the text's tokens alone"]
 OwnDivergenceField = Annotated[Divergence | None, "the same on text the student wrote; by default no other"]
 SkewField = Annotated[float, "share of the first side in a skewed KL's mixture; alpha-beta: the exponent of p"]
@@ -217,6 +220,8 @@ class PolicySystem(LanguageSystem):
                     return SkewedReverseKL(alpha=self.skew, temperature=T)
                 case "alpha-beta":
                     return AlphaBeta(alpha=self.skew, beta=self.beta, temperature=T)
+                case "todi":
+                    return ToDi(temperature=T)
                 case _:
                     return ForwardKL(temperature=T)
         except ValueError as error:
@@ -343,16 +348,24 @@ class Policies:
         """Batches of the student's own text, written ``rollouts`` responses at a time and used ``times`` over.
 
         They say how likely a token was to the student when it was written (``old_logp``), and how much likelier to the
-        teacher (``gain``), each (N).
+        teacher (``gain``), each (N); a teacher behind an endpoint says its likeliest tokens there as well
+        (``teacher_tokens``, ``teacher_log_p`` (N, K), ``teacher_log_rest`` (N)).
         """
-        device, teacher = self.task.run.fabric, self.task.observed_teacher()
-        heads = head_of(student), head_of(teacher)
+        device, scorer = self.task.run.fabric, self.scorer
+        head = head_of(student)
+        live = head_of(self.task.observed_teacher()) if scorer is None else None
 
         def note(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            batch = device.to_device(batch)
+            there = device.to_device(batch)
             with resting(student.module), device.autocast():
-                logp_N, teacher_N = (response_logprobs(head, batch).float().cpu() for head in heads)
-            return {"old_logp": logp_N, "gain": teacher_N - logp_N}
+                logp_N = response_logprobs(head, there).float().cpu()
+                if live is not None:
+                    return {"old_logp": logp_N, "gain": response_logprobs(live, there).float().cpu() - logp_N}
+            assert scorer is not None
+            at_BT, *_ = response_tokens(batch)
+            said = {name: value[at_BT] for name, value in scorer.score_batch(batch).items()}
+            gain_N = said.pop("given") - logp_N
+            return {"old_logp": logp_N, "gain": gain_N, **{f"teacher_{name}": value for name, value in said.items()}}
 
         return ReusedText(
             self.mixed(student, Share(1.0)),

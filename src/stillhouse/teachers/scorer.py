@@ -76,7 +76,10 @@ class EndpointScorer:
         )
 
     def score(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> dict[str, Tensor]:
-        """``tokens`` and ``log_p`` (B, T - 1, K), ``log_rest`` (B, T - 1) after each token; padding gets zeros."""
+        """``tokens`` and ``log_p`` (B, T - 1, K), ``log_rest`` (B, T - 1) after each token; padding gets zeros.
+
+        ``given`` (B, T - 1) is the log-probability of the token that does come next.
+        """
         B, T = input_ids_BT.shape
         lengths = [T] * B if attention_mask_BT is None else attention_mask_BT.sum(-1).tolist()
         rows = [row[:length] for row, length in zip(input_ids_BT.tolist(), lengths, strict=True)]
@@ -95,13 +98,19 @@ class EndpointScorer:
         found.update(streamed(work))
         tokens_BTK = torch.zeros(B, T - 1, self.k, dtype=torch.long)
         log_p_BTK = torch.full((B, T - 1, self.k), -torch.inf)
+        given_BT = torch.zeros(B, T - 1)
         for place, said in found.items():
             for t, alternatives in enumerate(said):
                 best = sorted(alternatives.items(), key=lambda item: -item[1].logprob)[: self.k]
                 tokens_BTK[place, t] = torch.tensor([token for token, _ in best])
                 log_p_BTK[place, t] = torch.tensor([one.logprob for _, one in best])
+                given_BT[place, t] = alternatives[rows[place][t + 1]].logprob
         rest_BT = (1 - log_p_BTK.double().exp().sum(-1)).clamp(min=0)
-        return {"tokens": tokens_BTK, "log_p": log_p_BTK, "log_rest": rest_BT.log().float()}
+        return {"tokens": tokens_BTK, "log_p": log_p_BTK, "log_rest": rest_BT.log().float(), "given": given_BT}
+
+    def score_batch(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`score` of a batch's rows."""
+        return self.score(batch["input_ids"], batch.get("attention_mask"))
 
     async def _row(self, ids: Sequence[int]) -> list[dict[int, _Said]]:
         try:
@@ -145,7 +154,7 @@ class Scored:
 
     def __next__(self) -> dict[str, Any]:
         batch = next(self.source)
-        return {**batch, GIVEN: self.scorer.score(batch["input_ids"], batch.get("attention_mask"))}
+        return {**batch, GIVEN: self.scorer.score_batch(batch)}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.source.state_dict())

@@ -37,7 +37,8 @@ class MiniLLM(PolicySystem):
     is split into the exact one of every token and a length-normalised policy gradient for what follows, both weighed by
     importance. ``rollouts`` responses are written at one time and used ``inner_epochs`` times, with PPO's clip on how
     much likelier the student finds a token by then. The cross-entropy on text of ``lm_data`` goes on beside it. As the
-    student's text is new in every round, there is nothing of the teacher to keep on disk.
+    student's text is new in every round, there is nothing of the teacher to keep on disk; one behind an endpoint is
+    asked for its ``teacher_topk`` likeliest tokens.
     """
 
     meta = Meta(
@@ -68,16 +69,24 @@ class MiniLLM(PolicySystem):
     smoke: ClassVar[dict[str, Any]] = {**PolicySystem.smoke, "rollouts": 8, "inner_epochs": 2}
 
     def prepared(self, run: Run) -> Generator[Stage, Artifact, LanguageTask]:
-        if self.on_policy and (self.teacher_topk is not None or endpoint_of(self.teacher)):
+        if endpoint_of(self.teacher):
+            if not self.long or self.on_policy != 1:
+                raise ConfigError(
+                    "teacher behind an endpoint: set long=true on_policy=1; what else you want is gkd "
+                    "divergence=reverse-kl with on_policy from 0 to 1"
+                )
+            if self.teacher_share:
+                raise ConfigError("teacher behind an endpoint: it cannot write along; set teacher_share=0")
+        elif self.on_policy and self.teacher_topk is not None:
             raise ConfigError(
-                "minillm needs the teacher's weights: the student's text is new in every round, so what is kept of "
-                "it (teacher_topk) or an endpoint's likeliest tokens will not do; give a directory or hub id alone "
-                "(with an endpoint: gkd divergence=reverse-kl on_policy=1)"
+                "teacher_topk: the student's text is new in every round, so nothing of the teacher can be kept; leave "
+                "it out"
             )
         return (yield from super().prepared(run))
 
     def source(self, policies: Policies, student: Observed) -> Any:
-        if not self.on_policy or (self.inner_epochs == 1 and self.rollouts <= self.batch_size):
+        once = self.inner_epochs == 1 and self.rollouts <= self.batch_size and policies.scorer is None
+        if once or not self.on_policy:
             return super().source(policies, student)
         if self.on_policy < 1:
             raise ConfigError("on_policy below 1: nothing is used again there; set inner_epochs=1 rollouts=1")
@@ -89,7 +98,7 @@ class MiniLLM(PolicySystem):
         task = policies.task
         return SequenceReverseKL(
             head_of(student),
-            head_of(task.observed_teacher()),
+            head_of(task.observed_teacher()) if policies.scorer is None else None,
             teacher_share=self.teacher_share,
             length_normalised=self.length_normalised,
             clip=self.clip_ratio,
