@@ -12,10 +12,13 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from stillhouse.models.efficient_attention import convert_encoder, encoder_cost, load_efficient, token_classifier
-from stillhouse.models.lsg import lsg_attention
+from stillhouse.models.lsg import _directions, choose, lsg_attention
 
-SELECTIONS = ["norm", "pooling", "strided", "block-strided", "none"]
+SELECTIONS = ["norm", "pooling", "lsh", "strided", "block-strided", "none"]
 every_selection = pytest.mark.parametrize("selection", SELECTIONS)
+
+
+DIRECTIONS = {size: _directions(4, size).double().T for size in (2, 3)}
 
 
 def inputs(length: int = 30, *, heads: int = 3) -> tuple[torch.Tensor, ...]:
@@ -36,6 +39,10 @@ def chosen(keys: Any, values: Any, there: list[bool], head: int, factor: int, se
     if selection == "pooling":
         runs = [[i for i in range(run * factor, (run + 1) * factor) if there[i]] for run in range(size)]
         return [(keys[run].mean(0), values[run].mean(0)) for run in runs if run]
+    if selection == "lsh":
+        kinds = [max(range(size), key=lambda s: float(keys[i] @ DIRECTIONS[size][s])) for i in range(len(there))]
+        alike = [[i for i in range(len(there)) if there[i] and kinds[i] == s] for s in range(size)]
+        return [(keys[group].mean(0), values[group].mean(0)) for group in alike if group]
     if selection == "none":
         return []
     turn = head % factor
@@ -72,6 +79,25 @@ def test_token_by_token(selection, block, factor, front):
                 keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
                 weights = (keys @ query[text, head, place] / math.sqrt(4)).softmax(0)
                 torch.testing.assert_close(found[text, head, place], weights @ values)
+
+
+def test_lsh_puts_like_keys_together():
+    """Opposite keys never; a key and a multiple of it always; tokens that are not there count nowhere."""
+    torch.manual_seed(0)
+    one = torch.randn(4, 1, 6, 3, 8)  # many keys, their multiples and their opposites, one block each
+    key = torch.cat([one, 2 * one, -one], 3)[..., :8, :]
+    there = torch.ones(4, 1, 6, 8, dtype=torch.bool)
+    there[..., 2] = there[..., 5] = False
+    kept, weights, seen = choose(key, torch.eye(8).expand(4, 1, 6, 8, 8), there, 2, "lsh")
+    together = (weights > 0).float().mT @ (weights > 0).float()  # of two tokens, whether a bucket has both
+    assert together[..., 0, 3].eq(1).all() and together[..., 1, 4].eq(1).all()
+    assert together[..., 0, 6].eq(0).all() and together[..., 1, 7].eq(0).all()
+    assert weights[..., 2].eq(0).all() and weights[..., 5].eq(0).all()
+    torch.testing.assert_close(kept, weights @ key)
+    assert torch.equal(seen, weights.sum(-1) > 0) and 0.3 < seen.float().mean() < 1
+    unit = _directions(64, 7)
+    torch.testing.assert_close(unit.norm(dim=0), torch.ones(7))
+    torch.testing.assert_close(unit[:, 4:], -unit[:, :3])
 
 
 @torch.no_grad()

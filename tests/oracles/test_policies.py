@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from stillhouse import Observed
-from stillhouse.base.errors import ConfigError
 from stillhouse.core.observed import Turn
 from stillhouse.core.schedule import Progress
 from stillhouse.data.responses import Coder, pack_rows, response_tokens

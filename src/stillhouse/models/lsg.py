@@ -5,7 +5,7 @@ beside it (local); of the ``factor`` blocks beyond these, on either side, one in
 global tokens that stand before the text, read everything and are read by all. Time and memory grow with the length.
 
 `lsg_classes` makes the model classes: BERT or RoBERTa of ``transformers`` under a model type of their own
-(``lsg-bert``), with the same weights and the global tokens' embeddings. Left out of the paper's selections: LSH.
+(``lsg-bert``), with the same weights and the global tokens' embeddings.
 
 Shapes: B texts, H heads, T tokens, G global tokens, N blocks, P tokens of a block, S those of them that are sparse, K
 keys that a block reads, D width of a head.
@@ -25,7 +25,7 @@ from stillhouse.base.errors import ModelError
 
 PREFIX = "lsg-"
 IMPLEMENTATION = "stillhouse_lsg"
-Sparse = Literal["norm", "pooling", "strided", "block-strided", "none"]
+Sparse = Literal["norm", "pooling", "lsh", "strided", "block-strided", "none"]
 Chosen = tuple[Tensor, Tensor, Tensor]  # keys, values, and which of them are there
 
 
@@ -89,7 +89,8 @@ def lsg_attention(
 def choose(key: Tensor, value: Tensor, there_B1NP: Tensor, factor: int, selection: Sparse) -> Chosen:
     """One in ``factor`` tokens of every block: keys and values (B, H, N, P, D) -> (B, H, N, S, D), and which are there.
 
-    ``norm``: those with the longest keys. ``pooling``: means of ``factor`` neighbours, padding left out. ``strided``:
+    ``norm``: those with the longest keys. ``pooling``: means of ``factor`` neighbours, padding left out. ``lsh``: means
+    of tokens with like keys, which the nearest of S fixed random directions tells (Andoni et al., 2015). ``strided``:
     every ``factor``-th token, another one for the next head. ``block-strided``: S in a row, others for the next head.
     """
     heads, size = key.shape[1], key.shape[3] // factor
@@ -104,6 +105,13 @@ def choose(key: Tensor, value: Tensor, there_B1NP: Tensor, factor: int, selectio
         share = there / there.sum(-1, keepdim=True).clamp(min=1)
         means = [(one.unflatten(3, (size, factor)) * share[..., None].to(one)).sum(4) for one in (key, value)]
         return means[0], means[1], there.any(-1)
+    if selection == "lsh":
+        directions_DS = _directions(key.shape[-1], size).to(key)
+        kind_BHNP = (key @ directions_DS).argmax(-1)
+        kinds_BHNSP = F.one_hot(kind_BHNP, size).mT * there_B1NP[..., None, :]
+        count_BHNS = kinds_BHNSP.sum(-1)
+        share_BHNSP = kinds_BHNSP.to(key) / count_BHNS.clamp(min=1)[..., None]
+        return share_BHNSP @ key, share_BHNSP @ value, count_BHNS > 0
     strided = selection == "strided"
     sizes, axis = ((size, factor), 4) if strided else ((factor, size), 3)
     turn = torch.arange(heads, device=key.device) % factor
@@ -114,6 +122,12 @@ def choose(key: Tensor, value: Tensor, there_B1NP: Tensor, factor: int, selectio
         return cut.gather(axis, where).squeeze(axis)
 
     return of_each_head(key), of_each_head(value), of_each_head(there_B1NP)
+
+
+def _directions(width: int, count: int) -> Tensor:
+    """Random directions, each with its opposite (a cross-polytope), the same ones everywhere: (D, count)."""
+    one_way = torch.randn(width, (count + 1) // 2, generator=torch.Generator().manual_seed(0))
+    return torch.cat([one_way, -one_way], 1)[:, :count] / one_way.norm(dim=0).repeat(2)[:count]
 
 
 def _beside(x: Tensor, steps: Sequence[int]) -> Tensor:
