@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.base.files import read_json
-from stillhouse.catalogue import in_words, rows
+from stillhouse.catalogue import FACTS, in_words, rows
 from stillhouse.navigation import coverage, coverage_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +91,21 @@ def coverage_section(systems: list[dict[str, Any]]) -> str:
     )
 
 
+def facts_section(systems: list[dict[str, Any]]) -> str:
+    """What is known of the methods whose facts are stored, from the oldest on."""
+    known = sorted(
+        (one for one in systems if one["memory"] is not None), key=lambda one: (one["year"] or 0, one["name"])
+    )
+    columns = ["system", "year", "divergence", "own text", "who writes", "needs", "reward", "gradient through drawing"]
+    lines = [[f"`{one['name']}`", *(in_words(one[key]).replace("|", "and") or "–" for key in FACTS)] for one in known]
+    return (
+        "## Facts about the methods\n\nBy the defaults of their fields: `stillhouse systems --year 2024 --divergence "
+        "jsd`. Own text: share that the one who learns writes itself, at the start. Held: models beside it. Memory: of "
+        "weights and optimizer over plain fine-tuning's, for models of one size, those beside it in bfloat16.\n\n"
+        + table([*columns, "held", "memory"], lines)
+    )
+
+
 def page() -> str:
     """The content of ``docs/systems.md``."""
     parts = [HEAD]
@@ -98,6 +113,7 @@ def page() -> str:
     for domain, systems in groupby(by_domain, key=lambda one: one["domain"]):
         parts.append(f"## {domain.capitalize()}\n\n{systems_section(list(systems))}")
     parts.append(coverage_section(by_domain))
+    parts.append(facts_section(by_domain))
     records = [record for one in by_domain for record in claims_of(one["name"])]
     if records:
         parts.append("## Claims\n\n" + "\n".join(map(claim_section, records)))

@@ -25,13 +25,14 @@ from stillhouse.base.table import Column, Table
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Audit, Context, artifact_of, finished
-from stillhouse.data.responses import Coder, pack_rows
+from stillhouse.data.responses import Coder
 from stillhouse.metrics.fidelity import Said, fidelity_table
 from stillhouse.metrics.sequence_distance import sequence_kl
 from stillhouse.models.causal_lm import load_causal_lm
+from stillhouse.models.text_encoder import TextEncoder
 from stillhouse.models.tokenizers import check_same_tokenizer
 from stillhouse.report import write_report
-from stillhouse.rl.policies import prompts_of
+from stillhouse.rl.policies import packed, prompts_of
 from stillhouse.rl.sampling import LiveSampler
 from stillhouse.runs import Finished, run_record, split_values
 from stillhouse.systems import get_system
@@ -64,6 +65,9 @@ class FidelityOptions:
     prompt_tokens: Annotated[int, "tokens of plain text that are a prompt", Ge(1)] = 32
     new_tokens: Annotated[int, "longest response", Ge(1)] = 96
     grams: Annotated[int, "longest n-gram of BLEU", Ge(1)] = 4
+    sentence_encoder: Annotated[
+        str | None, "directory or hub id of a text encoder, for the cosine of responses' vectors; none: not measured"
+    ] = None
 
 
 @dataclass(kw_only=True)
@@ -255,14 +259,13 @@ DISTANCES = [
 def _add_distances(
     table: Table, task: LanguageTask, models: Mapping[str, Artifact], oracle: nn.Module, options: HackingOptions
 ) -> None:
-    coder, device = Coder(task.tokenizer), task.run.fabric
+    coder = Coder(task.tokenizer)
     prompts = _prompts(task, options.prompts, options.prompt_tokens)
     truths = {"to_teacher": _teacher(task, "hacking"), "to_oracle": oracle}
     drawn = {}
     for key, model in truths.items():
         written = LiveSampler(model, coder, options.new_tokens).write(prompts, seed=task.system.seed)
-        rows = [(prompt, one.ids) for prompt, one in zip(prompts, written, strict=True)]
-        drawn[key] = [device.to_device(pack_rows(rows[at : at + 8], coder.pad)) for at in range(0, len(rows), 8)]
+        drawn[key] = list(map(task.run.fabric.to_device, packed(prompts, written, pad=coder.pad, size=8)))
     measured = {"teacher": truths["to_teacher"], **{name: task.load(artifact) for name, artifact in models.items()}}
     for name, model in measured.items():
         found = {
@@ -280,6 +283,8 @@ def _add_distances(
 def _fidelity(folder: Path, options: FidelityOptions) -> Any:
     task, artifacts = _replayed(folder, "fidelity")
     teacher = _other(options.teacher, task) if options.teacher else _teacher(task, "fidelity")
+    trusted = task.system.trust_remote_code
+    embed = TextEncoder(options.sentence_encoder, trust_remote_code=trusted) if options.sentence_encoder else None
 
     def ready(context: Context) -> tuple[Table, dict[str, Any]]:
         coder = Coder(task.tokenizer)
@@ -288,7 +293,7 @@ def _fidelity(folder: Path, options: FidelityOptions) -> Any:
         for name in ("teacher", *artifacts):
             model = teacher if name == "teacher" else task.load(artifacts[name])
             written = LiveSampler(model, coder, options.new_tokens, temperature=0.0).write(prompts, seed=0)
-            said[name] = Said([one.ids for one in written], [one.text for one in written], options.marker)
+            said[name] = Said([one.ids for one in written], [one.text for one in written], options.marker, embed)
         table = fidelity_table(said, references_of(task, len(prompts)), n=options.grams)
         shown = [
             {"prompt": coder.text(prompt), "outputs": {name: one.texts[place] for name, one in said.items()}}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from stillhouse.base.files import read_json
 from stillhouse.core.run import cache_folder
 from stillhouse.core.system import System
 from stillhouse.systems import all_systems, get_system
+from stillhouse.tasks.policies import PolicySystem
 
 RESULTS = Path("results/claims")  # of the current folder; verdicts shown come from the checkout otherwise
 CHECKOUT = Path(__file__).parents[2] / RESULTS
 
+FACTS = ("year", "divergence", "own_text", "sampler", "needs", "reward", "drawing", "beside", "memory")
+PARAMETERS = {"jsd": ("beta",), "skew-forward": ("skew",), "skew-reverse": ("skew",), "alpha-beta": ("skew", "beta")}
 EXTRAS = ("wandb", "mlflow", "trackio", "deepspeed", "peft", "usearch", "trl")
 
 
@@ -29,12 +34,49 @@ def verdict(name: str) -> str | None:
 
 
 def row(system: type[System]) -> dict[str, Any]:
-    """A system's place in the taxonomy, as one flat record."""
-    return {"name": system.name(), **dataclasses.asdict(system.meta), "verdict": verdict(system.name())}
+    """A system's place in the taxonomy and the facts about it, as one flat record."""
+    place = {one.name: getattr(system.meta, one.name) for one in dataclasses.fields(system.meta) if one.name != "facts"}
+    return {"name": system.name(), **place, **facts_of(system), "verdict": verdict(system.name())}
+
+
+def facts_of(system: type[System]) -> dict[str, Any]:
+    """What is known of a method: of every one ``year`` and ``needs``, of some the others of `FACTS`; None: not known.
+
+    Stored facts (`MethodFacts`) stand beside what its citation, its axes and its fields' defaults say.
+    """
+    stored, defaults = system.meta.facts, {one.name: one.default for one in dataclasses.fields(system)}
+    year = re.search(r"\((\d{4})\)", system.meta.citation)
+    needs = ["verifier"] * ("outcomes" in system.meta.feedback)
+    found: dict[str, Any] = {**dict.fromkeys(FACTS), "year": int(year[1]) if year else None}
+    if stored is not None:
+        needs += ["shared tokenizer"] * stored.shared_tokenizer
+        found |= {"own_text": stored.own_text, "sampler": stored.sampler, "divergence": stored.divergence}
+        found |= {"reward": stored.reward, "drawing": stored.drawing, "beside": stored.beside, "memory": stored.memory}
+        if "divergence" in defaults:
+            found["divergence"] = divergences_in(defaults)
+        if issubclass(system, PolicySystem):
+            found |= {"own_text": defaults["on_policy"], "sampler": sampler_in(defaults)}
+    return {**found, "needs": tuple(needs)}
+
+
+def divergences_in(defaults: Mapping[str, Any]) -> tuple[str, ...]:
+    """The divergences among the defaults of a system's fields, each with its parameters."""
+    names = dict.fromkeys(defaults[key] for key in ("divergence", "own_divergence") if defaults.get(key))
+    values = {name: [f"{one}={defaults[one]:g}" for one in PARAMETERS.get(name, ())] for name in names}
+    return tuple(" ".join([name, *said]) for name, said in values.items())
+
+
+def sampler_in(defaults: Mapping[str, Any]) -> str:
+    """Who writes what a member of the on-policy family learns from, by the defaults of its fields."""
+    share, replay, beams = defaults["teacher_share"], defaults["replay"], defaults["beams"]
+    own = "student" + f" with {share:g} of the teacher" * bool(share) + f", {replay} responses kept" * bool(replay)
+    given = defaults["text"] + f", {beams} beams" * (defaults["text"] == "teacher" and beams > 1)
+    wanted = {given: defaults["on_policy"] < 1, own: defaults["on_policy"] > 0 or bool(replay)}
+    return " | ".join(who for who, writes in wanted.items() if writes)
 
 
 def rows(**wanted: str) -> list[dict[str, Any]]:
-    """All systems, or those where every named axis contains the wanted text."""
+    """All systems, or those where every named axis or fact contains the wanted text."""
     axes = {"access": "teacher_access"}
     found = [row(system) for system in all_systems().values()]
     return [

@@ -14,7 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse import EMA, Batches, FeatureMSE, KLDivergence, Observed, Player, Run, Term, Train, adamw, cosine, sgd
+from stillhouse import (
+    EMA,
+    Batches,
+    CrossEntropy,
+    FeatureMSE,
+    KLDivergence,
+    Observed,
+    Player,
+    Run,
+    Term,
+    Train,
+    adamw,
+    cosine,
+    sgd,
+)
 from stillhouse.base.files import save_tree
 from stillhouse.base.sharded import full
 from stillhouse.core.engine import Engine
@@ -132,7 +146,18 @@ def language() -> tuple[Players, Any, list[nn.Module]]:
     return Player("student", student, objective, optimizer=adamw(1e-2), clip=1.0), Batches(data, 8), [student.module]
 
 
-JOBS = {"one": one_player, "plain": plain, "three": three_players, "language": language}
+def few_labels() -> tuple[Players, Any, list[nn.Module]]:
+    """Labels on every fourth row only, a row a process: most have none. One process does two rows, one by one."""
+    torch.manual_seed(0)
+    student = Observed(Net(8, 2))
+    objective = CrossEntropy(student.output("logits"))
+    inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    data = [{"inputs": row, "labels": torch.tensor(-100 if i % 4 else i % 5)} for i, row in enumerate(inputs)]
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Player("student", student, objective, optimizer=sgd(0.1)), Batches(data, size), [student.module]
+
+
+JOBS = {"one": one_player, "plain": plain, "three": three_players, "language": language, "few labels": few_labels}
 
 
 def deepspeed_on_cpu() -> None:
@@ -171,7 +196,7 @@ def main(folder: str, job: str, strategy: str, devices: str, steps: str = "12") 
             players,
             source=source,
             steps=int(steps),
-            accumulate=2 if job in ("one", "plain") else 1,
+            accumulate=2 if job in ("one", "plain") or (job == "few labels" and devices == "1") else 1,
             checkpoint_every=5,
             log_every=4,
             evaluate=probe,

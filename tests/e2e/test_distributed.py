@@ -37,12 +37,12 @@ def assert_same(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torc
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, torch.Tensor]]]:
     return {
         job: start(tmp_path_factory.mktemp(job) / "run", job, "auto", 1)
-        for job in ("one", "plain", "three", "language")
+        for job in ("one", "plain", "three", "language", "few labels")
     }
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("job", ["one", "three", "language"])
+@pytest.mark.parametrize("job", ["one", "three", "language", "few labels"])
 def test_two_processes_match_one(tmp_path: Path, alone: dict, job: str, strategy: str) -> None:
     assert_same(start(tmp_path / "run", job, strategy, 2), alone[job])
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import socket
 import struct
 import threading
@@ -221,11 +220,7 @@ def job(url: str, folder: Path, count: int) -> None:
 
 def child(url: str, folder: Path, count: int) -> Any:
     """`job` in a process of its own."""
-    here = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "openai", "pyarrow.parquet", "stillhouse.teachers", "_endpoint"])
-    process = context.Process(target=job, args=(url, folder, count), daemon=True)
+    process = multiprocessing.get_context("forkserver").Process(target=job, args=(url, folder, count), daemon=True)
     process.start()
     return process
 

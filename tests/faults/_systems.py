@@ -1,6 +1,6 @@
 """Small systems that hold all that a resume could get wrong, and the children that run them.
 
-Children come from one warm process (a fork server that has imported torch), so starting one takes milliseconds.
+Children come from one warm process (a fork server, see ``conftest.py``), so starting one takes milliseconds.
 A `Trap` kills a child at a chosen instant: before or after the n-th call of a function, or before the n-th line of
 Stillhouse that it executes. Also a system file as a user has one: ``stillhouse run tests/faults/_systems.py ...``.
 """
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import psutil
 import pyarrow.parquet
@@ -350,23 +350,16 @@ class Job:
     name: str = "run"
     place: tuple[int, int] = (0, 0)  # which of two processes this is, and their port
 
-    server: ClassVar[Any] = None
-
     @property
     def folder(self) -> Path:
         return self.home / self.name
 
     def start(self, trap: Trap | None = None) -> Any:
         """Start a child; it ends with exit code 0, 2 after an error (see `said`), or a negative signal."""
-        if Job.server is None:
-            here = str(Path(__file__).parent)
-            os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
-            Job.server = multiprocessing.get_context("forkserver")
-            Job.server.set_forkserver_preload(["pytest", "pandas", "pydantic.fields", "_systems"])
         self.home.mkdir(parents=True, exist_ok=True)
         self._words.write_text("")
         self._count.unlink(missing_ok=True)
-        process = Job.server.Process(target=_child, args=(self, trap), daemon=True)
+        process = multiprocessing.get_context("forkserver").Process(target=_child, args=(self, trap), daemon=True)
         process.start()
         return process
 

@@ -528,7 +528,7 @@ def test_alpha_is_chosen_on_problems_that_are_not_reported_on(relatives, tmp_pat
     tuned = by_stage["01-merged-0.4"]
     assert tuned == by_stage["03-merged-0.8"] and len(tuned) == 6  # half of the twelve that are held out
     reported = set(looks[str(left["student"].path)])
-    trained = {problem["prompt"] for problem in seen["student"].source.problems.data}
+    trained = {problem["prompt"] for problem in seen["student"].source.source.data}
     assert len(reported) == 6 and not tuned & reported and not tuned & trained and not reported & trained
     single = next_family(own(relatives, validation=0.01))
     with pytest.raises(ConfigError, match="raise validation"):

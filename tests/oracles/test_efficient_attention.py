@@ -339,7 +339,8 @@ def test_questions_of_the_users_own(tmp_path):
     assert first.tags == ["O"] * 5 + ["B-ANS", "I-ANS", "O", "O"] and first.answers == ("Ada Lovelace",)
     assert answer_scores([first_answer(first.words, first.tags)], [first.answers]) == (1.0, 1.0)
     for text, problem in (
-        ("{", "line 1: must be"),
+        ("{", "line 1: not JSON"),
+        ("{}", "line 1: must be"),
         (json.dumps({**right, "answers": ["Bob"]}), "no answer of"),
         (json.dumps({**right, "question": ""}), "has no words"),
         (json.dumps(right), "1 questions"),
@@ -462,7 +463,8 @@ def test_documents_of_the_users_own(tmp_path):
     file.write_text("\n".join([line] * 8), encoding="utf-8")
     assert read_tagged(str(file))[0] == Document(["Ada", "went"], ["B-PER", "O"])
     for text, problem in (
-        ("{", "line 1: must be"),
+        ("{", "line 1: not JSON"),
+        ("{}", "line 1: must be"),
         (json.dumps({"tokens": ["a"], "tags": []}), "1 tokens, 0 tags"),
         (json.dumps({"tokens": ["a"], "tags": ["PER"]}), "'PER' is no BIO tag"),
         (line, "1 documents"),

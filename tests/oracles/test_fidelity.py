@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,6 +126,26 @@ def test_an_answer_may_be_right_by_another_way():
     assert fidelity(nothing, nothing).agreement == 0 and answer_of("a  b ", "") == "a b"
 
 
+def test_the_cosine_is_that_of_the_vectors_response_by_response():
+    """And it can say that two responses mean the same where no word is."""
+    vectors = {"one": (1.0, 0.0), "1": (1.0, 0.0), "so": (0.6, 0.8), "no": (-1.0, 0.0)}
+    teacher, student, far = (
+        Said(
+            [[ord(sign) for sign in text] for text in texts], texts, embed=lambda ts: np.array([vectors[t] for t in ts])
+        )
+        for texts in (["one", "one"], ["1", "so"], ["no", "so"])
+    )
+    assert fidelity(teacher, teacher).cosine == pytest.approx(1)
+    found = fidelity(student, teacher)
+    assert found.cosine == pytest.approx((1 + 0.6) / 2) and found.bleu < 0.2
+    assert fidelity(far, teacher).cosine == pytest.approx((-1 + 0.6) / 2)
+    table = fidelity_table({"teacher": teacher, "student": student})
+    assert table.row("student")["cosine"] == pytest.approx(0.8) and "cosine" not in table.row("teacher")
+    assert "cosine" in [column.key for column in table.columns]
+    plain = fidelity_table({"teacher": said("a"), "student": said("b")})
+    assert "cosine" not in plain.row("student") and "cosine" not in [column.key for column in plain.columns]
+
+
 def test_the_table_tests_students_against_the_baseline():
     right = [f"1+1=2;{n}" if n % 2 else "1=2" for n in range(8)]
     models = {"teacher": said(*right), "student": said(*right), "baseline": said(*right[:4], *["1=9"] * 4)}
@@ -171,6 +192,9 @@ def test_the_grid_has_its_statistics():
     assert results["t"] == pytest.approx(stats.ttest_rel(*zip(*pairs, strict=True)).statistic)
     assert "gain" not in table.row("sft-1") and len(table.notes) == 5
     alone, figures = grid_table(found[3:4], ["small"])
+    embedded = [replace(one, figures={**one.figures, "cosine": 2 - one.figures["bleu"]}) for one in found]
+    assert grid_table(embedded, ["small", "middle", "large"])[1]["rho/BLEU and cosine"] == pytest.approx(-1)
+    assert "rho/BLEU and cosine" not in results
     assert alone.notes == [] and "gain" not in alone.rows[0] and figures["forward-kl-1/accuracy"] == 0.5
 
 

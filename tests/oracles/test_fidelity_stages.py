@@ -229,6 +229,12 @@ def test_a_shape_of_a_teacher_behind_an_endpoint_is_refused(materials):
         made(materials).builders(SimpleNamespace(teacher=None, tokenizer=None))  # type: ignore[arg-type]
 
 
+def test_an_encoder_that_is_not_there_is_refused_before_anything_is_trained(materials, tmp_path):
+    with pytest.raises(ModelError, match="nowhere"):
+        staged.walk(made(materials, sentence_encoder=str(tmp_path / "nowhere")), tmp_path / "run", metrics=METRICS)
+    assert not (tmp_path / "run" / "stages").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

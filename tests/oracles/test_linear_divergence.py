@@ -26,6 +26,7 @@ from stillhouse.losses import (
     RowDivergence,
     SkewedForwardKL,
     SkewedReverseKL,
+    ToDi,
     TotalVariation,
     linear_cross_entropy,
     linear_divergence,
@@ -53,6 +54,7 @@ DIVERGENCES: list[RowDivergence] = [
     TotalVariation(),
     AlphaBeta(alpha=0.2, beta=0.7),
     AlphaBeta(alpha=0.5, beta=-0.5),
+    ToDi(temperature=1.5),
     InterpolatedForwardKL(t=0.4),
     symmetrised_kl,
 ]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from stillhouse.losses.divergences import ForwardKL, ReverseKL, TotalVariation
+from stillhouse.metrics.compounding import expected_errors
 from stillhouse.tasks.corrective_walk import (
     BOS,
     PROMPT,
     SEP,
     STEPS,
+    excess_error,
     expert,
     exposure,
     rule_log_p,
@@ -49,7 +53,6 @@ def test_who_follows_the_rule_is_right_wherever_it_is_pushed():
 
 def test_who_knows_the_path_by_heart_is_right_only_on_it():
     """It says where the expert would be at that time, wherever it stands itself."""
-    from types import SimpleNamespace
 
     class ByHeart(torch.nn.Module):
         def __init__(self) -> None:
@@ -64,6 +67,84 @@ def test_who_knows_the_path_by_heart_is_right_only_on_it():
 
     found = exposure(ByHeart(), seed=0)
     assert found["right_0"] == 1.0 and found["right_0.2"] < 0.95
+
+
+class Lost(torch.nn.Module):
+    """On the expert's path it takes the expert's move with probability 1 - e; once off it, never again."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.error = torch.nn.Parameter(torch.tensor(error))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
+        on = torch.ones(len(input_ids), dtype=torch.bool)
+        for place in range(PROMPT, input_ids.shape[1]):
+            on &= input_ids[:, place] == rule_log_p(input_ids[:, :place])[:, -1].argmax(-1)
+        move = rule_log_p(input_ids)[:, -1].argmax(-1, keepdim=True)
+        right = torch.where(on, 1 - self.error, 1e-9)[:, None]
+        p = ((1 - right) / 15).expand(-1, 16).scatter(1, move, right)
+        return SimpleNamespace(logits=p.log()[:, None])
+
+
+def test_excess_error_of_one_that_never_finds_back():
+    """Exactly: own walks 1 - (1 - e)^t, the teacher's 1 - (1 - e) 0.98^(t - 1), as the first error is the last step."""
+    error, count = 0.1, 4096
+    found = excess_error(Lost(error), seed=0, count=count)
+    given = [1 - (1 - error) * 0.98 ** (step - 1) for step in range(1, STEPS + 1)]
+    for step in range(1, STEPS + 1):
+        expected = 1 - (1 - error) ** step - given[step - 1]
+        assert found[f"excess_{step}"] == pytest.approx(expected, abs=5 * 0.7 * count**-0.5)
+    assert found["excess_1"] == 0.0 and found["excess_8"] > 0.3
+    assert found["lost_unrecovered"] == pytest.approx(expected_errors(sum(given) / STEPS, 100), rel=0.02)
+    assert found["lost_recovered"] == pytest.approx(100 * sum(given) / STEPS, rel=0.05)
+
+
+def test_the_teacher_has_no_excess_error_and_nothing_else_is_drawn():
+    teacher = rule_teacher()
+    before = torch.get_rng_state()
+    found = excess_error(teacher, seed=3)
+    assert [found[f"excess_{step}"] for step in range(1, STEPS + 1)] == pytest.approx([0.0] * STEPS, abs=1e-6)
+    assert found["lost_recovered"] == pytest.approx(2.0, abs=1e-5)
+    assert torch.equal(before, torch.get_rng_state())
+    assert set(exposure(teacher, seed=0)) == {"right_0", "right_0.1", "right_0.2"}
+
+
+# -- what errors come to --------------------------------------------------------------------------------------------
+
+
+def test_the_card_s_regret():
+    assert 100 - expected_errors(0.01, 100) == pytest.approx(62.76, abs=5e-3)
+    assert 100 - expected_errors(0.01, 100) == pytest.approx(sum(0.99**t for t in range(1, 101)))
+    assert expected_errors(0.01, 100, recovery=1.0) == pytest.approx(1.0)
+    growth = [expected_errors(1e-5, 2 * T) / expected_errors(1e-5, T) for T in (100, 200)]
+    assert growth == pytest.approx([4.0, 4.0], rel=0.01)  # T^2 without recovery
+    assert expected_errors(1e-5, 200, recovery=1.0) == pytest.approx(2 * expected_errors(1e-5, 100, recovery=1.0))
+
+
+@pytest.mark.parametrize("recovery", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("error", [0.0, 0.02, 0.5, 1.0])
+def test_errors_against_recursion_and_simulation(error, recovery):
+    wrong, total = 0.0, 0.0
+    for _ in range(40):
+        wrong = (1 - wrong) * error + wrong * ((1 - recovery) + recovery * error)
+        total += wrong
+    assert expected_errors(error, 40, recovery=recovery) == pytest.approx(total, abs=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    off, count = torch.zeros(20_000, dtype=torch.bool), 0.0
+    for _ in range(40):
+        back, errs = (torch.rand(20_000, generator=generator) < p for p in (recovery, error))
+        off = (off & ~back) | errs
+        count += float(off.float().mean())
+    assert count == pytest.approx(total, abs=0.5)
+
+
+def test_errors_are_probabilities():
+    for bad in ({"error": -0.1, "steps": 3}, {"error": 0.1, "steps": -1}, {"error": 0.1, "steps": 1, "recovery": 2.0}):
+        with pytest.raises(ValueError, match="must"):
+            expected_errors(**bad)
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("divergence", "covers"), [(ForwardKL(), True), (ReverseKL(), False)])

@@ -581,7 +581,8 @@ def test_canaries_from_a_file(tmp_path):
     one, two = read_canaries(str(file))
     assert (one.size, two.size, two.text(("C", "A"))) == (10_000, 9, "id CA")
     for bad, said in (
-        ("{", ":1: not a canary"),
+        ("{", "line 1: not JSON"),
+        ("{}", "line 1: not a canary"),
         ('{"prefix": "a", "secret": "A1"}', "not made of its alphabet"),
         ("", "no canary"),
     ):

@@ -92,6 +92,27 @@ def test_who_reads_what(walked):
         assert found <= rows and len(found) > len(rows) // 2
 
 
+def test_text_that_is_written_anew(walked, teacher, tmp_path):
+    """fresh: the teacher answers the same prompts at every visit in other words; on_policy: the student writes."""
+    fixed = {(*prompt, *response) for prompt, response in records(walked, "teacher-text")}
+    prompts = {prompt for prompt, _ in records(walked, "teacher-text")}
+    length = len(next(iter(prompts)))
+    for values, writer in (({"fresh": True}, "teacher"), ({"on_policy": 1.0}, "student")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(teacher_hacking, "oracle_task", partial(oracle_task, recipe=SMALL))
+            system = get_system("teacher-hacking").make(**VALUES, **values)
+            stage = staged.walk(system, tmp_path / writer).train("student")
+        source: Any = stage.source
+        found = rows_of(source)
+        assert {row[:length] for row in found} <= prompts and not found <= fixed and len(found) > 2 * len(fixed)
+        model = source.writer.model
+        if writer == "student":
+            assert model is staged.model(stage)
+        else:
+            state = model.state_dict()
+            assert all(torch.equal(state[name], value) for name, value in teacher.state_dict().items())
+
+
 def test_who_begins_where(walked):
     begun, _ = load_causal_lm(str(walked.artifacts["begin"].path))
     student = staged.model(walked.train("student")).state_dict()

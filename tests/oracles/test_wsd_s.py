@@ -20,7 +20,7 @@ from stillhouse.core.schedule import Progress, wsd
 from stillhouse.core.train import Train
 from stillhouse.data.sources import Batches
 from stillhouse.metrics.landscape import between, descend, gradient_cosine, greedy_rate, hill_loss, losses_between
-from stillhouse.objectives.lr_schedules import Course, Piece, cyclic_cosine, decay_form, plan, wsd_s
+from stillhouse.objectives.lr_schedules import Course, Piece, cyclic_cosine, decay_form, low_branch, plan, wsd_s
 from stillhouse.tasks.segments import Carried, move_on
 
 INVERSE = decay_form("inverse", floor=0.1)
@@ -186,6 +186,33 @@ def test_what_a_method_makes_of_a_budget_in_the_valley():
 
 
 METHODS = ["wsd-s", "wsd", "cyclic-cosine", "wsd-runs"]
+
+
+def test_a_low_constant_rate_drops_too_but_more_slowly():
+    """Its variance up the hill in closed form, step by step, against simulated descent; a decay is ahead by then."""
+    segments = planned("wsd", [400], decay=0.05)
+    stable, decay = segments
+    low = low_branch(segments, 0.1)
+    assert (low.start, low.begin, low.end, low.target) == ("stable-1", stable.end, decay.end, None)
+    before, beside = (list(map(segment.rate.at, range(segment.begin, segment.end))) for segment in (stable, low))
+    assert beside == [0.1] * 20 and before == [1.0] * 380
+    begun, settled = (2 * hill_loss(rate) for rate in (0.5, 0.05))
+    simulated = {}
+    for steps in (1, 5, 20):
+        descent = descend([0.5 * rate for rate in [*before, *beside[:steps]]], slope=0.0, particles=100_000)
+        expected = 0.5 * (settled + (begun - settled) * (1 - 0.05) ** (2 * steps))
+        assert descent.loss == pytest.approx(expected, rel=0.02)
+        simulated[steps] = descent.loss
+    assert hill_loss(0.5) > simulated[1] > simulated[5] > simulated[20] > 1.5 * hill_loss(0.05)
+    falling = list(map(decay.rate.at, range(decay.begin, decay.end)))
+    decayed = descend([0.5 * rate for rate in [*before, *falling]], particles=100_000)
+    slower = descend([0.5 * rate for rate in [*before, *beside]], particles=100_000)
+    assert decayed.loss < slower.loss - 0.005 and decayed.river > slower.river
+
+
+@pytest.mark.parametrize("method", ["cyclic-cosine", "constant", "wsd-runs", "cosine-runs"])
+def test_without_a_stable_segment_there_is_no_low_branch(method):
+    assert low_branch(planned(method), 0.1) is None
 
 
 def test_without_noise_a_decay_brings_no_drop():

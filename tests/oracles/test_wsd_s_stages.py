@@ -151,3 +151,17 @@ def test_a_text_of_one_batch_has_gradients_without_noise(materials, tmp_path):
     found = Recorded(system, tmp_path, evaluate=True)
     table = found.artifacts["wsd-s-landscape"].table()
     assert [row["cosine"] for row in table.rows] == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+def test_the_low_rate_starts_where_the_last_decay_does(materials, tmp_path):
+    """Weights, moments, place in the text and number of steps; only the rate is another."""
+    from stillhouse.core.schedule import Progress
+
+    found = Recorded(made(materials, schedules=("wsd-s", "cyclic-cosine"), low=0.1), tmp_path / "run")
+    assert [name for name in found.stages if "low" in name] == ["wsd-s-low"]
+    low, decay = found.train("wsd-s-low"), found.train("student")
+    assert found.places["wsd-s-low"] == found.places["student"] and low.steps == decay.steps
+    begins = [staged.player(stage).optimizer.start for stage in (low, decay)]
+    assert begins == [found.artifacts["wsd-s-stable-2"].path] * 2
+    rate = staged.player(low).lr
+    assert [rate(Progress(step, low.steps)) for step in range(low.steps)] == [0.1] * low.steps

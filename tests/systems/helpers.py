@@ -184,7 +184,6 @@ def _child(name: str, values: Mapping[str, Any], output: Path, kill_after: int, 
 def run_and_kill(name: str, values: Mapping[str, Any], output: Path, *, after: int = 1) -> None:
     """Run a system in a child that is killed when it has made so many checkpoints or finished so many stages."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "stillhouse.workflow"])
     said = output.with_suffix(".said")
     child = context.Process(target=_child, args=(name, dict(values), output, after, said))
     with _plain_main():

@@ -131,3 +131,20 @@ def test_reward_models(materials, tmp_path):
     tokenizer.save_pretrained(tmp_path / "three")
     with pytest.raises(ModelError, match="has 3 outputs"):
         RewardModel(str(tmp_path / "three"))
+
+
+def test_spin_on_conversations_plain_text_and_problems(materials, tmp_path):
+    turns = [{"role": "user", "content": "the cat sees"}, {"role": "assistant", "content": " a bird"}]
+    talks = [{"messages": [{**turns[0], "content": f"the {word} sees"}, turns[1]]} for word in helpers.WORDS]
+    sums = [{"prompt": f"the {word} sees", "answer": "a bird"} for word in helpers.WORDS]
+    small = {"iterations": 2, "steps": 3, "batch_size": 4, "prompt_tokens": 4, "problems": 12}
+    for kind, more in {
+        "talks": {"data": lines(tmp_path / "talks.jsonl", talks)},
+        "text": {"data": str(materials.text)},
+        "sums": {"data": lines(tmp_path / "sums.jsonl", sums), "verifier": "exact", "sft_steps": 2},
+    }.items():
+        done = run_system("spin", {**common(materials), **small, **more}, output=tmp_path / kind, quiet=True)
+        figures = done.artifacts["evaluation"].metrics
+        assert ("student/score" in figures) == (kind == "sums")  # else nobody says what a response is worth
+        assert figures["base/kl"] == 0.0 < figures["iteration-0/kl"] != figures["student/kl"]
+        assert ("fine-tuned" in done.artifacts) == (kind == "sums")

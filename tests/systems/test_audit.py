@@ -11,12 +11,15 @@ from typing import Any
 
 import helpers
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
 from stillhouse.audit import audit_run
 from stillhouse.base.errors import ConfigError, RunError
 from stillhouse.cli.main import main
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Evaluate
+from stillhouse.models.tokenizers import train_bpe
 from stillhouse.report import write_report
 from stillhouse.runs import Finished, stage_artifacts
 from stillhouse.systems import get_system
@@ -84,14 +87,29 @@ def test_fidelity_and_memorisation_are_added_without_training(run):
     assert json.loads((run / "audits" / "fidelity" / "run.json").read_text())["status"] == "done"
 
 
-def test_a_teacher_compared_with_itself_is_faithful(run, materials):
+def encoder(folder: Path) -> Path:
+    """A small text encoder with new weights."""
+    tokenizer = train_bpe([helpers.sentences(80)], vocab_size=300)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    return folder / "encoder"
+
+
+def test_a_teacher_compared_with_itself_is_faithful(run, materials, tmp_path):
     """The student's place is taken by the teacher's own weights."""
     (student,) = run.glob("stages/*-student/artifact")
     for file in materials.teacher.iterdir():
         shutil.copy(file, student / file.name)
-    options = {"prompts": 4, "new_tokens": 6, "prompt_tokens": 4}
-    row = audit_run(run, "fidelity", options, quiet=True).artifacts["fidelity"].table().row("student")
+    options = {"prompts": 4, "new_tokens": 6, "prompt_tokens": 4, "sentence_encoder": str(encoder(tmp_path))}
+    table = audit_run(run, "fidelity", options, quiet=True).artifacts["fidelity"].table()
+    row = table.row("student")
     assert (row["agreement"], row["bleu"], row["identical"]) == (1, 1, 1)
+    assert row["cosine"] == pytest.approx(1, abs=1e-5) and table.row("baseline")["cosine"] < 1 - 1e-5
 
 
 def test_distances_to_an_oracle(run, materials):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,12 @@ import pytest
 from stillhouse.base.errors import ConfigError
 from stillhouse.runs import stage_artifacts
 from stillhouse.systems import get_system
-from stillhouse.tasks import language
 from stillhouse.workflow import run_system
 
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> helpers.Materials:
     return helpers.make_materials(tmp_path_factory.mktemp("materials"))
-
-
-@pytest.fixture(autouse=True)
-def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language, "tokens_per_second", partial(language.tokens_per_second, seconds=0.01))
 
 
 def run(

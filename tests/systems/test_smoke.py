@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,10 @@ import torch
 from stillhouse.core.system import System
 from stillhouse.runs import Finished, stage_artifacts
 from stillhouse.systems import all_systems
-from stillhouse.tasks import language
 from stillhouse.workflow import resume, run_system
 
-SYSTEMS = pytest.mark.parametrize("name", all_systems())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _short_measurements() -> Any:
-    """Speed is measured, but not for a second a model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language, "tokens_per_second", partial(language.tokens_per_second, seconds=0.01))
-        yield
+# of module scope, so that the tests of one system stand together and one worker runs it for all of them
+SYSTEMS = pytest.mark.parametrize("name", all_systems(), scope="module")
 
 
 @pytest.fixture(scope="session")

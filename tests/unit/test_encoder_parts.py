@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from stillhouse.base.errors import ConfigError, ModelError
 from stillhouse.core.observed import Observed
 from stillhouse.data.masking import IGNORED, Masked, mask_tokens
 from stillhouse.data.sources import Batches
+from stillhouse.data.windows import WindowSplit
 from stillhouse.metrics.objectives import mean_values
 from stillhouse.models.elastic import SubNetwork, load_encoder
 from stillhouse.objectives import FeatureMSE
 from stillhouse.systems.language.autodistil import AutoDistil
 from stillhouse.tasks.elastic import Budget
-from stillhouse.tasks.encoder import load_masked_lm
+from stillhouse.tasks.encoder import EncoderTask, load_masked_lm
 
 MASK = 99
 SPECIAL = [0, MASK]
@@ -128,3 +130,24 @@ def test_what_is_refused(tmp_path):
     )
     with pytest.raises(ModelError, match="BERT"):
         load_encoder(tmp_path / "other")
+
+
+class Tokens:
+    mask_token_id, all_special_ids = MASK, SPECIAL
+
+    def __len__(self) -> int:
+        return 100
+
+
+def test_a_held_out_batch_without_a_masked_token_does_not_count():
+    """Its loss would be 0, as if everything had been filled in rightly."""
+    ids = torch.zeros(64, 8, dtype=torch.long)  # special tokens only: never masked
+    system = SimpleNamespace(eval_windows=64, mask_rate=0.5)
+    run = SimpleNamespace(fabric=SimpleNamespace(to_device=lambda batch: batch))
+    task = EncoderTask(system, run, None, Tokens(), None, None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no token is masked in 64"):
+        list(task.batches_of(WindowSplit({"input_ids": ids}), masked=True))
+    assert len(list(task.batches_of(WindowSplit({"input_ids": ids})))) == 2
+    ids[40:] = 7
+    (batch,) = task.batches_of(WindowSplit({"input_ids": ids}), masked=True)
+    assert (batch["labels"] != IGNORED).any()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from stillhouse.base.errors import DataError
 from stillhouse.data.images import (
-    Augmented,
     Images,
     digits,
     dirichlet_shares,
@@ -27,7 +26,7 @@ from stillhouse.data.images import (
     with_label_noise,
     with_noise,
 )
-from stillhouse.data.sources import Batches
+from stillhouse.data.sources import Augmented, Batches
 
 
 def keys(images: Images) -> set[bytes]:

@@ -267,6 +267,25 @@ def test_cross_entropy_leaves_out_ignored_places_and_smooths():
         CrossEntropy(model.output(), target="label")({"inputs": x, "labels": labels})
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_cross_entropy_of_no_label_is_nothing_and_of_some_is_pytorchs_to_the_bit(smoothing):
+    torch.manual_seed(0)
+    model = Observed(nn.Linear(3, 4))
+    x, labels = torch.randn(2, 5, 3), torch.full((2, 5), -100)
+    term = CrossEntropy(model.output(), label_smoothing=smoothing)
+    loss = term({"inputs": x, "labels": labels})
+    loss.backward()
+    assert loss.item() == 0.0
+    # every parameter has a gradient, which is what DDP asks for
+    assert all(p.grad is not None and torch.equal(p.grad, torch.zeros_like(p)) for p in model.module.parameters())
+    labels[1, 2:] = 1
+    found, plain = (torch.autograd.grad(one, list(model.module.parameters())) for one in (
+        term({"inputs": x, "labels": labels}),
+        nn.functional.cross_entropy(model.module(x).flatten(0, 1), labels.flatten(), label_smoothing=smoothing),
+    ))  # fmt: skip
+    assert all(map(torch.equal, found, plain))
+
+
 def test_logit_match_weighs_rows_and_cuts_vocabularies():
     torch.manual_seed(0)
     student, teacher = Observed(nn.Linear(3, 6)), Observed(nn.Linear(3, 4), frozen=True)

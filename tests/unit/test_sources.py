@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillhouse.core.source import Repeat, Source, as_source
-from stillhouse.data.sources import Batches, Drawn, passes_in, steps_in
+from stillhouse.data.sources import Batches, Drawn, Wrapped, passes_in, steps_in
 
 
 def take(source: Any, count: int) -> list[list[int]]:
@@ -205,3 +205,18 @@ def test_ten_passes_are_ten_passes(items, size, accumulate, steps):
     take(source, steps * accumulate)
     assert abs(source.epoch + 1 - 10) <= 1
     assert passes_in(steps, items, **given) == source.epoch + 1
+
+
+def test_what_draws_from_a_source_hands_its_share_on_to_all():
+    class Endless:  # a stream that knows no shares
+        epoch = 3
+
+    inner, beside = Batches(torch.arange(8), 4), Batches(torch.arange(8), 4)
+    outer = Wrapped(Wrapped(inner, beside, None))
+    outer.shard = (1, 2)
+    assert inner.shard == beside.shard == outer.shard == (1, 2)
+    inner.epoch = 5
+    assert outer.epoch == 5
+    alone = Wrapped(Endless())
+    alone.shard = (1, 2)
+    assert alone.shard == (0, 1) and alone.epoch == 3

@@ -243,10 +243,10 @@ def test_the_user_s_problems(tmp_path):
     ("text", "message"),
     [
         ('{"prompt": "a", "answer": "b"}\n{broken', "line 2: not JSON"),
-        ('{"prompt": "a"}', "record 1: no 'answer'"),
-        ('["a", "b"]', "record 1: must be an object"),
+        ('{"prompt": "a"}', "line 1: no 'answer'"),
+        ('["a", "b"]', "line 1: must be an object"),
         ("", "no problem in it"),
-        ('{"prompt": "", "answer": "b"}', "record 1: no 'prompt'"),
+        ('{"prompt": "", "answer": "b"}', "line 1: no 'prompt'"),
     ],
 )
 def test_bad_problem_files(tmp_path, text, message):

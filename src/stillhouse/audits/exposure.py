@@ -8,11 +8,9 @@ R candidates.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from stillhouse.base.errors import DataError
 from stillhouse.base.table import Column, Table
 from stillhouse.core.observed import Batch, Observed
 from stillhouse.core.stage import Audit, Context
+from stillhouse.data.json_lines import json_lines
 from stillhouse.losses.token_logprobs import Head, token_logprobs
 from stillhouse.models.causal_lm import output_head
 
@@ -69,22 +68,16 @@ def read_canaries(file: str) -> list[Canary]:
 
     Raises `DataError` that names the line.
     """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise DataError(f"canaries={file}: no such file; give JSON lines of prefix, secret, alphabet")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    found, like = [], '{"prefix": ..., "secret": ..., "alphabet": ...}'
+    for place, record in json_lines(file, like=like):
         try:
-            record = json.loads(line)
             prefix, secret = record["prefix"], str(record["secret"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}:{number}: not a canary ({error}); write prefix, secret, alphabet") from error
+        except KeyError as error:
+            raise DataError(f"{place}: not a canary; must be {like}") from error
         usual = (symbols for symbols in ALPHABETS.values() if set(secret) <= set(symbols))
         alphabet = record.get("alphabet") or next(usual, "")
         if not secret or not set(secret) <= set(alphabet):
-            raise DataError(f"{file}:{number}: the secret {secret!r} is not made of its alphabet {alphabet!r}")
+            raise DataError(f"{place}: the secret {secret!r} is not made of its alphabet {alphabet!r}")
         found.append(Canary(prefix, tuple(secret), tuple(dict.fromkeys(alphabet))))
     if not found:
         raise DataError(f"canaries={file}: the file has no canary in it")

@@ -50,10 +50,17 @@ def method(
     ),
     verifier: Annotated[bool, typer.Option(help="Answers can be judged.")] = False,
     tokens: Annotated[str, typer.Option(help="Tokens to be trained on in all, such as 100M.")] = "100M",
+    teachers: Annotated[int, typer.Option(help="How many teachers there are.")] = 1,
+    other_tokenizer: Annotated[bool, typer.Option(help="Teacher and student have different tokenizers.")] = False,
+    agent: Annotated[bool, typer.Option(help="The student is to act over many turns.")] = False,
+    error: Annotated[
+        float | None, typer.Option(help="How often the student errs in a step on the teacher's text, such as 0.01.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Steps over which errors are reckoned up.")] = 100,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say which stages of distillation to run, with which systems, what they cost, and by which rule."""
+    """Say which stages of distillation to run, with which systems, at what cost, by which rule, and what is open."""
     from stillhouse.advise import model_size
     from stillhouse.models.sizes import parse_size
     from stillhouse.plan import Access, in_words, plan
@@ -67,5 +74,10 @@ def method(
         access=cast(Access, access),
         verifier=verifier,
         tokens=parse_size(tokens),
+        teachers=teachers,
+        same_tokenizer=not other_tokenizer,
+        agent=agent,
+        error=error,
+        length=length,
     )
     print(json.dumps(found.to_json(), indent=1) if as_json else in_words(found))

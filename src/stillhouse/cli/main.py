@@ -143,7 +143,15 @@ def resume(
     _show_result(resume_run(folder, quiet=quiet))
 
 
-FILTERS = ("domain", "family", "access", *(axis for axis in AXES if axis != "teacher_access"))
+FILTERS = (
+    "domain",
+    "family",
+    "access",
+    "year",
+    "divergence",
+    "needs",
+    *(axis for axis in AXES if axis != "teacher_access"),
+)
 
 
 def _filter(name: str) -> Any:
@@ -166,10 +174,15 @@ def systems(
     skill: Annotated[str, _filter("skill")] = "",
     vertical: Annotated[str, _filter("vertical")] = "",
     role: Annotated[str, _filter("role")] = "",
+    year: Annotated[str, _filter("year")] = "",
+    divergence: Annotated[str, _filter("divergence")] = "",
+    needs: Annotated[
+        str, typer.Option("--needs", help="Only systems that need this: verifier, shared tokenizer.")
+    ] = "",
     matrix: Annotated[bool, typer.Option("--matrix", help="Names by elicitation and algorithm, and the gaps.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the systems, by any axis of the taxonomy."""
+    """List the systems, by any axis of the taxonomy, and by what is known of the method."""
     from stillhouse.catalogue import in_words, rows
     from stillhouse.navigation import coverage, coverage_lines
 
@@ -192,7 +205,7 @@ def systems(
 @app.command()
 def show(name: str, as_json: Json = False) -> None:
     """Describe a system: what it is, its fields, the paper's values and the demo's."""
-    from stillhouse.catalogue import describe, in_words
+    from stillhouse.catalogue import FACTS, describe, in_words
     from stillhouse.navigation import nearest
 
     found = {**describe(name), "nearest": nearest(name)}
@@ -201,6 +214,11 @@ def show(name: str, as_json: Json = False) -> None:
         return
     print(f"{found['title']} ({name})\n{found['citation']}\n\n{found['doc']}\n")
     print("\n".join(f"{axis}: {in_words(found[axis])}" for axis in ("domain", "family", *AXES)))
+    print(
+        "\n".join(
+            f"{fact.replace('_', ' ')}: {in_words(found[fact])}" for fact in FACTS if found[fact] not in (None, "", ())
+        )
+    )
     print(f"verdict: {found['verdict'] or 'not checked'}")
     print("nearest: " + ", ".join(f"{other} {shared:.2f}" for other, shared in found["nearest"].items()) + "\n")
     rows = [

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from stillhouse.base.fields import check_fields
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.base.taxonomy import AXES, Values, checked
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Meta:
     vertical: Values = "none"
     role: Values = "none"
     stages: int | str = 1
+    facts: MethodFacts | None = None
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -50,8 +51,7 @@ class Claim:
     """A paper's central statement as an experiment.
 
     Args:
-        statement: what is claimed, in words.
-        metric: what is measured, in words, with its unit.
+        statement, metric: what is claimed and what is measured, in words, with its unit.
         method, baseline: names of two entries of ``variants``.
         variants: ``name -> (system name, field overrides)``, of one budget; several claims may share them.
         measure: the figure of one variant, from the artifacts of its stages by name.
@@ -123,7 +123,7 @@ class System:
 
     def config(self) -> dict[str, Any]:
         """All field values, as plain JSON values."""
-        return json.loads(json.dumps({f.name: self.__dict__[f.name] for f in dataclasses.fields(self)}, default=str))
+        return json.loads(json.dumps({f.name: self.__dict__[f.name] for f in fields(self)}, default=str))
 
 
 def configure(cls: type[System], values: Mapping[str, Any]) -> System:

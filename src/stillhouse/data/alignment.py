@@ -21,6 +21,7 @@ import torch
 
 from stillhouse.base.errors import DataError, ModelError
 from stillhouse.data.encoding import encode_conversations
+from stillhouse.data.sources import Wrapped
 from stillhouse.data.token_bytes import Vocabulary
 
 if TYPE_CHECKING:
@@ -342,7 +343,7 @@ def paired_conversations(
     return PairedConversations([found[0][n] for n in order], [found[1][n] for n in order], pairing)
 
 
-class Paired:
+class Paired(Wrapped):
     """Batches of a source of the student's ids (its own text, say) with the teacher's tokens of the same text.
 
     Any source and any objective of `stillhouse.objectives.cross_tokenizer` go together so: what the student writes is
@@ -350,20 +351,9 @@ class Paired:
     """
 
     def __init__(self, source: Source, pairing: Pairing) -> None:
-        self.source, self.pairing = source, pairing
+        super().__init__(source)
+        self.pairing = pairing
         self.translate = Translator(pairing.student, pairing.teacher)
-
-    @property
-    def epoch(self) -> int:
-        return self.source.epoch
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        return self.source.shard  # type: ignore[attr-defined]
-
-    @shard.setter
-    def shard(self, value: tuple[int, int]) -> None:
-        self.source.shard = value  # type: ignore[attr-defined]
 
     def __next__(self) -> dict[str, Any]:
         batch = next(self.source)

@@ -8,18 +8,19 @@ the exchange that answers and ``grade`` may be left out. A ply is one message.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from stillhouse.base.errors import DataError, near, one_line, suggest
+from stillhouse.base.errors import DataError, suggest
+from stillhouse.data.json_lines import json_lines
 
 TOKEN = re.compile(r"\w+(?:[./_-]\w+)*")
+CONVERSATION = '{"messages": [{"role": ..., "content": ...}, ...]}'
+QUESTION = '{"query": ..., "relevant": [{"conversation": ..., "ply": ...}]}'
 
 
 def words_of(text: str) -> list[str]:
@@ -190,7 +191,7 @@ def load_recall(
     """
     conversations: list[Conversation] = []
     taken: set[str] = set()
-    for where, row in _lines(transcripts):
+    for where, row in json_lines(transcripts, like=CONVERSATION):
         conversation = _conversation(row, where, len(conversations))
         if conversation.id in taken:
             raise DataError(f"{where}: a second conversation with the id {conversation.id!r}; give each its own")
@@ -203,23 +204,8 @@ def load_recall(
     ]
     if not found:
         raise DataError(f"{transcripts}: no exchange of {least_characters} characters; lower least_characters")
-    asked = [_query(row, where, found) for where, row in _lines(queries)] if queries else []
+    asked = [_query(row, where, found) for where, row in json_lines(queries, like=QUESTION)] if queries else []
     return Recall(tuple(conversations), tuple(found), tuple(asked), name=transcripts)
-
-
-def _lines(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise DataError(f"{source}: no such file{near(path)}")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{source}, line {number}: not JSON ({one_line(error)})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{source}, line {number}: must be an object such as {{...}}")
-            yield f"{source}, line {number}", row
 
 
 def _conversation(row: Mapping[str, Any], where: str, position: int) -> Conversation:
@@ -239,7 +225,7 @@ def _conversation(row: Mapping[str, Any], where: str, position: int) -> Conversa
 
 def _query(row: Mapping[str, Any], where: str, exchanges: Sequence[Exchange]) -> Query:
     if not isinstance(row.get("query"), str) or not isinstance(row.get("relevant"), list):
-        raise DataError(f'{where}: must be {{"query": "...", "relevant": [{{"conversation": ..., "ply": ...}}]}}')
+        raise DataError(f"{where}: must be {QUESTION}")
     grades: Counter[str] = Counter()
     for pointer in row["relevant"]:
         if not isinstance(pointer, dict) or "conversation" not in pointer:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stillhouse.data.images import Change
+from stillhouse.data.sources import Change
 
 
 def random_resized_crop(low: float = 0.2, high: float = 1.0, *, aspect: float = 4 / 3) -> Change:

@@ -6,11 +6,11 @@ import importlib
 import inspect
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.base.errors import DataError
 from stillhouse.data.encoding import digest
+from stillhouse.data.preferences import Preference
 from stillhouse.data.text import TextData, load_text
 
 MODULES = (
@@ -59,15 +59,6 @@ def load_quality(source: str) -> TextData:
     pairs = _pairs()
     columns = {"prompt": [prompt for prompt, _ in pairs], "completion": [answer for _, answer in pairs]}
     return TextData(datasets.Dataset.from_dict(columns), "prompt-completion", "docstrings", digest("docstrings", pairs))
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two answers to a prompt, of which ``chosen`` is the better."""
-
-    prompt: str
-    chosen: str
-    rejected: str
 
 
 def load_preferences(source: str, *, seed: int = 0) -> list[Preference]:

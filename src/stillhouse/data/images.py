@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.base.errors import DataError, near, one_line, suggest
-from stillhouse.core.source import Source
+from stillhouse.data.sources import Change
 
 if TYPE_CHECKING:
     import datasets
@@ -30,7 +30,6 @@ Split = Literal["train", "selection", "test", "all"]
 DIGITS_TRAIN, DIGITS_SELECTION = 1000, 200  # of 1,797; the other 597 are for the final measurement
 IN_MEMORY = 2**30  # bytes of pixels up to which images are decoded once and kept
 
-Change = Callable[[dict[str, Any], torch.Generator], dict[str, Any]]
 """Makes another batch of a batch, with randomness from the generator alone."""
 
 
@@ -171,46 +170,6 @@ def partition(labels: Tensor, shares: Tensor, *, seed: int = 0) -> list[Tensor]:
 
 
 # -- what is drawn anew in every batch ------------------------------------------------------------------------------
-
-
-class Augmented:
-    """A source whose batches pass through ``change``; what is drawn depends on the seed and the batch's number only."""
-
-    def __init__(self, source: Source, change: Change, *, seed: int = 0) -> None:
-        self.source = source
-        self.change = change
-        self.seed = seed
-        self._drawn = 0
-
-    @property
-    def epoch(self) -> int:
-        return self.source.epoch
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self.source.epoch = value
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        return getattr(self.source, "shard", (0, 1))
-
-    @shard.setter
-    def shard(self, value: tuple[int, int]) -> None:
-        if hasattr(self.source, "shard"):
-            self.source.shard = value
-
-    def __next__(self) -> Any:
-        rank, world = self.shard
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self._drawn) * world + rank)
-        self._drawn += 1
-        return self.change(next(self.source), generator)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self._drawn, "source": self.source.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._drawn = state["drawn"]
-        self.source.load_state_dict(state["source"])
 
 
 def gaussian_noise(std: float) -> Change:

@@ -5,7 +5,6 @@ Shapes: B batch, D tokens of demonstrations, T tokens of question and answer, Y 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.base.errors import DataError
+from stillhouse.data.json_lines import json_lines
 
 Tokens = tuple[int, ...]
 UNSCORED = -100
@@ -79,26 +79,16 @@ def read_records(file: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: one line that says what is wrong, in which line, and what to do.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give a .jsonl file of tasks")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON; write one object a line") from error
-        fields = ("task", "input", "output")
-        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in fields):
-            raise DataError(f"{path}, line {number}: must have task, input and output as text")
+    for place, record in json_lines(file, like='{"task": ..., "input": ..., "output": ...}'):
+        if not all(isinstance(record.get(name), str) for name in ("task", "input", "output")):
+            raise DataError(f"{place}: must have task, input and output as text")
         candidates = record.get("candidates") or []
         if not isinstance(candidates, list) or (candidates and record["output"] not in candidates):
-            raise DataError(f"{path}, line {number}: candidates must be a list that has the output in it")
+            raise DataError(f"{place}: candidates must be a list that has the output in it")
         records.append(record)
     if not records:
-        raise DataError(f"{path}: no records in it; give at least two tasks")
+        raise DataError(f"{file}: no records in it; give at least two tasks")
     return records
 
 

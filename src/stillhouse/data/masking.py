@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillhouse.data.sources import Augmented
+
 IGNORED = -100
 """The label of a token that is not to be predicted."""
 
@@ -29,7 +31,7 @@ def mask_tokens(
     return torch.where(swapped_BT, other_BT, masked_BT), labels_BT
 
 
-class Masked:
+class Masked(Augmented):
     """The batches of another source with tokens masked anew each time; resumable like it.
 
     Args:
@@ -40,34 +42,9 @@ class Masked:
     def __init__(
         self, source: Any, *, mask_id: int, vocab_size: int, special: Sequence[int], rate: float = 0.15, seed: int = 0
     ) -> None:
-        self.source = source
-        self.options: dict[str, Any] = {"mask_id": mask_id, "vocab_size": vocab_size, "special": special, "rate": rate}
-        self.seed = seed
-        self._drawn = 0
+        def change(batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+            options: dict[str, Any] = {"mask_id": mask_id, "vocab_size": vocab_size, "special": special, "rate": rate}
+            ids, labels = mask_tokens(batch["input_ids"], generator=generator, **options)
+            return {**batch, "input_ids": ids, "labels": labels}
 
-    @property
-    def epoch(self) -> int:
-        return self.source.epoch
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        return self.source.shard
-
-    @shard.setter
-    def shard(self, value: tuple[int, int]) -> None:
-        self.source.shard = value
-
-    def __next__(self) -> dict[str, Tensor]:
-        rank, world = self.shard
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self._drawn) * world + rank)
-        self._drawn += 1
-        batch = next(self.source)
-        ids, labels = mask_tokens(batch["input_ids"], generator=generator, **self.options)
-        return {**batch, "input_ids": ids, "labels": labels}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"source": self.source.state_dict(), "drawn": self._drawn}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.source.load_state_dict(state["source"])
-        self._drawn = state["drawn"]
+        super().__init__(source, change, seed=seed)

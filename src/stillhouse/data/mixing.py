@@ -8,40 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.data.sources import Batches
+from stillhouse.data.alternating import Several
 
 
-class Mixed:
+class Mixed(Several):
     """Every batch holds the rows of one batch of each part, below each other.
 
     Rows without a mask that others have count whole; shorter rows are filled up at the right, where no mask is set.
     ``epoch`` is the first part's.
     """
 
-    def __init__(self, parts: Sequence[Batches]) -> None:
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[Any]) -> None:
+        super().__init__(list(parts))
 
     @property
     def epoch(self) -> int:
-        return self.parts[0].epoch
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        return self.parts[0].shard
-
-    @shard.setter
-    def shard(self, value: tuple[int, int]) -> None:
-        for part in self.parts:
-            part.shard = value
+        return self.sources[0].epoch
 
     def __next__(self) -> dict[str, Tensor]:
-        return stacked([next(part) for part in self.parts])
+        return stacked([next(part) for part in self.sources])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
+        return {"parts": [part.state_dict() for part in self.sources]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part, saved in zip(self.parts, state["parts"], strict=True):
+        for part, saved in zip(self.sources, state["parts"], strict=True):
             part.load_state_dict(saved)
 
 

@@ -5,56 +5,33 @@ Shapes: B batch, N images, V classes, P pixels of an image (all channels).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from stillhouse.core.source import Source
 from stillhouse.data.images import Images
+from stillhouse.data.mixing import Mixed
 
 UNLABELLED = -100
 """The label of an image whose class is not told; cross-entropy leaves it out."""
 
 
-class PartlyLabelled:
+class PartlyLabelled(Mixed):
     """Every batch: one of the labelled source, then one of the other, whose labels are taken away.
 
     ``pixel_values`` (B, C, H, W) and ``labels`` (B,). ``epoch`` is the labelled source's.
     """
 
     def __init__(self, labelled: Source, unlabelled: Source) -> None:
-        self.parts = (labelled, unlabelled)
-
-    @property
-    def epoch(self) -> int:
-        return self.parts[0].epoch
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        return getattr(self.parts[0], "shard", (0, 1))
-
-    @shard.setter
-    def shard(self, value: tuple[int, int]) -> None:
-        for part in self.parts:
-            if hasattr(part, "shard"):
-                part.shard = value
+        super().__init__((labelled, unlabelled))
 
     def __next__(self) -> dict[str, Tensor]:
-        known, other = (next(part) for part in self.parts)
+        known, other = (next(source) for source in self.sources)
         labels = known["labels"].new_full((len(other["pixel_values"]),), UNLABELLED)
         return {
             "pixel_values": torch.cat([known["pixel_values"], other["pixel_values"]]),
             "labels": torch.cat([known["labels"], labels]),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
 
 
 class ClassGaussians:

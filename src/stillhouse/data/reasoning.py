@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stillhouse.base.errors import DataError, near, one_line
+from stillhouse.data.json_lines import json_lines
 from stillhouse.data.verifiers import Judgement, Record, final_answer
 
 MARKER = "#"
@@ -238,10 +239,8 @@ def read_problems(path: str, *, prompt: str = "prompt", answer: str = "answer", 
     if not file.is_file():
         raise DataError(f"data={path!r}: no such file{near(file)}; give a .jsonl or .parquet file of problems")
     problems = []
-    for line, record in _records(file):
-        where = f"{path}, record {line}"
-        if not isinstance(record, dict):
-            raise DataError(f'{where}: must be an object such as {{"{prompt}": ..., "{answer}": ...}}')
+    like = f'{{"{prompt}": ..., "{answer}": ...}}'
+    for where, record in _rows(file) if file.suffix == ".parquet" else json_lines(path, like=like):
         for name in (prompt, answer):
             if not str(record.get(name) or ("" if record.get(name) != 0 else "0")).strip():
                 raise DataError(
@@ -256,28 +255,15 @@ def read_problems(path: str, *, prompt: str = "prompt", answer: str = "answer", 
     return problems
 
 
-def _records(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as pq
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow.parquet as pq
 
-            rows = pq.read_table(file).to_pylist()
-            yield from enumerate(json.loads(json.dumps(rows, default=str)), start=1)  # dates and the like as text
-            return
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise DataError(
-                        f"{file}, line {number}: not JSON ({one_line(error)}); write one object a line"
-                    ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({one_line(error)}); give UTF-8 .jsonl or .parquet") from error
+    try:
+        rows = pq.read_table(file).to_pylist()
     except Exception as error:
-        if isinstance(error, DataError) or file.suffix != ".parquet":
-            raise
         raise DataError(f"{file}: not a Parquet file ({one_line(error)})") from error
+    plain = json.loads(json.dumps(rows, default=str))  # dates and the like as text
+    yield from ((f"{file}, row {number}", row) for number, row in enumerate(plain, start=1))
 
 
 def split_problems(problems: Sequence[Problem], *, share: float) -> tuple[list[Problem], list[Problem]]:

@@ -72,6 +72,10 @@ class Coder:
         """``input_ids``, ``attention_mask`` and ``loss_mask`` (1 on responses), each (B, T)."""
         return pack_rows(rows, self.pad)
 
+    def pairs(self, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Tensor]:
+        """The batch of pairs of a better and a worse row: all better ones first."""
+        return self.batch([*(better for better, _ in pairs), *(worse for _, worse in pairs)])
+
 
 def filled(template: str, **parts: str) -> str:
     """``template`` with each ``{name}`` replaced by the part of that name; nothing else in it is special."""

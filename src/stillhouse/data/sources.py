@@ -115,5 +115,56 @@ class Drawn:
         self._drawn = state["drawn"]
 
 
+class Wrapped:
+    """What draws from another source: its passes are that one's, and its share, also for what stands ``beside`` it."""
+
+    def __init__(self, source: Any, *beside: Any) -> None:
+        self.source = source
+        self._shared = [one for one in (source, *beside) if hasattr(one, "shard")]
+
+    @property
+    def epoch(self) -> int:
+        return self.source.epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self.source.epoch = value
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        return getattr(self.source, "shard", (0, 1))
+
+    @shard.setter
+    def shard(self, value: tuple[int, int]) -> None:
+        for one in self._shared:
+            one.shard = value
+
+
+Change = Callable[[dict[str, Any], torch.Generator], dict[str, Any]]
+
+
+class Augmented(Wrapped):
+    """A source whose batches pass through ``change``; what is drawn depends on the seed and the batch's number only."""
+
+    def __init__(self, source: Any, change: Change, *, seed: int = 0) -> None:
+        super().__init__(source)
+        self.change = change
+        self.seed = seed
+        self._drawn = 0
+
+    def __next__(self) -> Any:
+        rank, world = self.shard
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self._drawn) * world + rank)
+        self._drawn += 1
+        return self.change(next(self.source), generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self._drawn, "source": self.source.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._drawn = state["drawn"]
+        self.source.load_state_dict(state["source"])
+
+
 def _same(item: Any) -> Any:
     return item

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stillhouse.losses.linear_divergence import default_tokens
+from stillhouse.losses.linear_divergence import LinearDivergence, default_tokens, linear_divergence
 
 
 class Head(NamedTuple):
@@ -29,6 +29,25 @@ class Head(NamedTuple):
         z_CV = F.linear(hidden_CD, self.weight, self.bias)
         z_CV = self.scale * (z_CV if z_CV.dtype == torch.float64 else z_CV.float())
         return z_CV if self.softcap is None else self.softcap * torch.tanh(z_CV / self.softcap)
+
+
+def head_divergence(
+    student_ND: Tensor, student: Head, teacher_NE: Tensor, teacher: Head, **options: Any
+) -> LinearDivergence:
+    """`linear_divergence` of hidden states under two output layers; gradients only for the first."""
+    return linear_divergence(
+        student_ND,
+        student.weight,
+        teacher_NE,
+        teacher.weight,
+        student_bias_V=student.bias,
+        teacher_bias_V=teacher.bias,
+        student_logit_scale=student.scale,
+        teacher_logit_scale=teacher.scale,
+        student_softcap=student.softcap,
+        teacher_softcap=teacher.softcap,
+        **options,
+    )
 
 
 def in_chunks(

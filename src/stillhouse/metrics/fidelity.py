@@ -1,16 +1,18 @@
 """Fidelity: whether a student says what its teacher says, and not only whether it is right.
 
-Agreement (the same answer), rationale fidelity (BLEU of what leads to it) and accuracy can come apart (Ramesh et al.,
-Findings of ACL 2025, arXiv 2505.15442).
+Agreement (the same answer), rationale fidelity (BLEU of what leads to it, or the cosine of sentence vectors) and
+accuracy can come apart (Ramesh et al., Findings of ACL 2025, arXiv 2505.15442).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from stillhouse.base.table import Column, Table
 from stillhouse.data.verifiers import final_answer
@@ -27,15 +29,21 @@ class Said:
         tokens: ids of each response, the end included if it came to one.
         texts: the same as text.
         marker: what the final answer follows in a response; empty: the whole response is the answer.
+        embed: gives texts vectors (N, D) of length one, such as a `stillhouse.models.text_encoder.TextEncoder`.
     """
 
     tokens: Sequence[Sequence[int]]
     texts: Sequence[str]
     marker: str = ""
+    embed: Callable[[Sequence[str]], np.ndarray] | None = None
 
     @cached_property
     def answers(self) -> list[str | None]:
         return [answer_of(text, self.marker) for text in self.texts]
+
+    @cached_property
+    def vectors(self) -> np.ndarray | None:
+        return None if self.embed is None else self.embed(self.texts)
 
 
 def answer_of(text: str, marker: str) -> str | None:
@@ -61,6 +69,13 @@ def item_fidelity(student: Said, teacher: Said, *, n: int = 4) -> list[float]:
     return [bleu([one], [other], n=n) for one, other in zip(student.tokens, teacher.tokens, strict=True)]
 
 
+def mean_cosine(student: Said, teacher: Said) -> float:
+    """Mean cosine of the vectors of each response and the teacher's; nan where there are none."""
+    if student.vectors is None or teacher.vectors is None:
+        return math.nan
+    return float((student.vectors * teacher.vectors).sum(-1).mean())
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """Figures of a student beside its teacher; ``accuracy`` and ``correlation`` are nan without references.
@@ -71,6 +86,7 @@ class Fidelity:
         identical: share of responses that are the teacher's, token by token.
         accuracy: share of answers that are right.
         correlation: Spearman's rho over prompts between the BLEU of a response and whether its answer is right.
+        cosine: `mean_cosine`, nan where nothing embeds the responses.
     """
 
     agreement: float
@@ -78,6 +94,7 @@ class Fidelity:
     identical: float
     accuracy: float
     correlation: float
+    cosine: float = math.nan
 
 
 def fidelity(student: Said, teacher: Said, references: Sequence[str] | None = None, *, n: int = 4) -> Fidelity:
@@ -94,6 +111,7 @@ def fidelity(student: Said, teacher: Said, references: Sequence[str] | None = No
         _mean([float(one) for one in same]),
         accuracy,
         correlation,
+        mean_cosine(student, teacher),
     )
 
 
@@ -101,6 +119,7 @@ COLUMNS = [
     Column("accuracy", "accuracy", ".1%", "higher", "answers that are right"),
     Column("agreement", "agreement", ".1%", "higher", "prompts to which it gives the teacher's answer"),
     Column("bleu", "BLEU to teacher", ".3f", "higher", "of all it says, against what the teacher says; 1 is the same"),
+    Column("cosine", "cosine to teacher", ".3f", "higher", "of sentence vectors of the responses, mean over prompts"),
     Column("identical", "same response", ".1%", "higher", "responses that are the teacher's, token by token"),
     Column("correlation", "fidelity and right", ".2f", None, "Spearman's rho of BLEU and being right, over prompts"),
     Column("t", "t", ".2f", None, "paired t of its accuracy (without references: agreement) against the baseline"),

@@ -54,7 +54,7 @@ SHARED = (
 def reserved_positions(model: Any) -> int:
     """Rows of the position table before that of the first token: what RoBERTa, Longformer and Nystromformer keep."""
     kind = model.config.model_type
-    if kind in ("roberta", "longformer", "lsg-roberta"):
+    if kind.endswith("roberta") or kind == "longformer":
         return int(model.config.pad_token_id) + 1
     return 2 if kind == "nystromformer" else 0
 

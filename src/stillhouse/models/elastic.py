@@ -1,4 +1,4 @@
-"""Elastic BERT encoders: one set of weights that holds many sub-networks, each a slice of it.
+"""Elastic BERT and RoBERTa encoders: one set of weights that holds many sub-networks, each a slice of it.
 
 A sub-network takes the first heads of every attention, the first hidden and feed-forward units everywhere, and a
 subset of the layers. `ElasticBert.active` switches to one for the time of a ``with`` block, and is made for
@@ -6,7 +6,8 @@ subset of the layers. `ElasticBert.active` switches to one for the time of a ``w
 
 The size of one attention head stays the super-network's (as in AutoDistil, Xu et al., 2022, arXiv 2201.12507), so the
 width of attention is independent of the hidden width. A plain ``BertModel`` only knows the case where the two agree;
-other sub-networks become a *slim* BERT, a subclass with its own model type, which `load_encoder` reads back.
+other sub-networks become a *slim* BERT, a subclass with its own model type, which `load_encoder` reads back. RoBERTa's
+layers are BERT's, so all of this holds for it too.
 
 Suffixes: B sequences, T tokens, H hidden width.
 """
@@ -29,9 +30,10 @@ from stillhouse.base.errors import ConfigError, ModelError
 from stillhouse.models.errors import clear_errors
 
 if TYPE_CHECKING:
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertModel, RobertaModel
 
-SLIM = "stillhouse-slim-bert"
+SLIM = "stillhouse-slim-"
+FAMILIES = {"bert": "Bert", "roberta": "Roberta"}
 RELATED = ("query", "key", "value")
 
 
@@ -140,23 +142,30 @@ def _sliced(module: nn.Module) -> nn.Module | None:
     return new
 
 
+def check_elastic(kind: str) -> None:
+    """Raise `ModelError` if an encoder of model type ``kind`` cannot be made a super-network."""
+    if kind.startswith(SLIM):
+        raise ModelError("super-networks are made of a BERT or RoBERTa; this one has been slimmed already")
+    if kind not in FAMILIES:
+        raise ModelError(f"a {kind} encoder cannot be made a super-network; give a BERT or RoBERTa")
+
+
 class ElasticBert(nn.Module):
-    """A ``BertModel`` as a super-network. Called like it, it gives what relations are made of.
+    """A ``BertModel`` or ``RobertaModel`` as a super-network. Called like it, it gives what relations are made of.
 
     The output is a mapping: ``query``, ``key`` and ``value`` of the last active layer (B, T, width of attention), and
     the last ``hidden`` states (B, T, H). Without `active` it is the whole model.
 
     Args:
-        model: a BERT encoder; its layers are replaced by sliced ones that hold the same parameters.
+        model: the encoder; its layers are replaced by sliced ones that hold the same parameters.
 
     Raises:
-        ModelError: not a BERT encoder.
+        ModelError: another encoder, or one that has been slimmed already.
     """
 
-    def __init__(self, model: BertModel) -> None:
+    def __init__(self, model: BertModel | RobertaModel) -> None:
         super().__init__()
-        if model.config.model_type != "bert":
-            raise ModelError(f"{type(model).__name__}: only BERT encoders can be made elastic; give a BertModel")
+        check_elastic(model.config.model_type)
         self.model = model
         self.config = model.config
         for path, module in list(model.named_modules()):
@@ -223,19 +232,17 @@ class ElasticBert(nn.Module):
         return {**found, "hidden": output.last_hidden_state}
 
 
-def extract(elastic: ElasticBert, sub: SubNetwork) -> BertModel:
-    """The sub-network ``sub`` as a model of its own, with copies of its slices; plain BERT where that can hold it."""
+def extract(elastic: ElasticBert, sub: SubNetwork) -> BertModel | RobertaModel:
+    """The sub-network ``sub`` as a model of its own, with copies of its slices; slim only where it must be."""
     elastic.check(sub)
     config = copy.deepcopy(elastic.config)
     config.num_hidden_layers, config.num_attention_heads = sub.layers, sub.heads
     config.hidden_size, config.intermediate_size = sub.hidden, sub.intermediate
     size = head_size(elastic.config)
     if sub.heads * size == sub.hidden:
-        from transformers import BertModel
-
-        model: Any = BertModel(config, add_pooling_layer=False)
+        model: Any = type(elastic.model)(config, add_pooling_layer=False)
     else:
-        config_class, model_class, _ = slim_bert_classes()
+        config_class, model_class = slim_classes(config.model_type)
         raw = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
         slim = config_class.from_dict({**raw, "attention_head_size": size})
         model = model_class(slim, add_pooling_layer=False)
@@ -251,58 +258,46 @@ def extract(elastic: ElasticBert, sub: SubNetwork) -> BertModel:
     return model.eval()
 
 
-# Slim BERT: a width of attention of its own
+# Slim BERT and RoBERTa: a width of attention of their own
 
 
 @functools.cache
-def slim_bert_classes() -> tuple[Any, Any, Any]:
-    """Config, encoder and masked language model of a slim BERT, known to the Auto classes from now on.
+def slim_classes(kind: str) -> tuple[Any, Any]:
+    """Config and encoder of a slim ``"bert"`` or ``"roberta"``, known to the Auto classes from now on.
 
-    A classifier of sequences is known to them too.
+    Its masked language model and its classifier of sequences are known to them too.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForMaskedLM,
-        AutoModelForSequenceClassification,
-        BertConfig,
-        BertForMaskedLM,
-        BertForSequenceClassification,
-        BertModel,
-    )
+    import transformers
 
-    class SlimBertConfig(BertConfig):
-        model_type = SLIM
+    base_config: Any = getattr(transformers, f"{FAMILIES[kind]}Config")
 
-    class SlimBertModel(BertModel):
-        config_class = SlimBertConfig
+    class Config(base_config):
+        model_type = SLIM + kind
+
+    Config.__name__ = Config.__qualname__ = f"Slim{FAMILIES[kind]}Config"
+    transformers.AutoConfig.register(Config.model_type, Config)
+    heads = {
+        "Model": transformers.AutoModel,
+        "ForMaskedLM": transformers.AutoModelForMaskedLM,
+        "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+    }
+    made = {head: _slim(getattr(transformers, FAMILIES[kind] + head), Config) for head in heads}
+    for head, auto in heads.items():
+        auto.register(Config, made[head])
+    return Config, made["Model"]
+
+
+def _slim(base: Any, config_type: Any) -> Any:
+    class Model(base):
+        config_class = config_type
 
         def __init__(self, config: Any, **options: Any) -> None:
             with _one_head(config):
                 super().__init__(config, **options)
-            _set_attention_width(self, config)
+            _set_attention_width(self.base_model, config)
 
-    class SlimBertForMaskedLM(BertForMaskedLM):
-        config_class = SlimBertConfig
-
-        def __init__(self, config: Any) -> None:
-            with _one_head(config):
-                super().__init__(config)
-            _set_attention_width(self.bert, config)
-
-    class SlimBertForSequenceClassification(BertForSequenceClassification):
-        config_class = SlimBertConfig
-
-        def __init__(self, config: Any) -> None:
-            with _one_head(config):
-                super().__init__(config)
-            _set_attention_width(self.bert, config)
-
-    AutoConfig.register(SLIM, SlimBertConfig)
-    AutoModel.register(SlimBertConfig, SlimBertModel)
-    AutoModelForMaskedLM.register(SlimBertConfig, SlimBertForMaskedLM)
-    AutoModelForSequenceClassification.register(SlimBertConfig, SlimBertForSequenceClassification)
-    return SlimBertConfig, SlimBertModel, SlimBertForMaskedLM
+    Model.__name__ = Model.__qualname__ = f"Slim{base.__name__}"
+    return Model
 
 
 @contextmanager
@@ -315,9 +310,9 @@ def _one_head(config: Any) -> Iterator[None]:
         config.num_attention_heads = heads
 
 
-def _set_attention_width(bert: Any, config: Any) -> None:
+def _set_attention_width(encoder: Any, config: Any) -> None:
     heads, size = config.num_attention_heads, config.attention_head_size
-    for layer in bert.encoder.layer:
+    for layer in encoder.encoder.layer:
         attention = layer.attention.self
         attention.num_attention_heads, attention.attention_head_size = heads, size
         attention.all_head_size, attention.scaling = heads * size, size**-0.5
@@ -327,20 +322,20 @@ def _set_attention_width(bert: Any, config: Any) -> None:
 
 
 def load_encoder(folder: str | Path, *, masked_lm: bool = False) -> Any:
-    """A BERT or slim BERT from a directory or the hub, in eval mode: the encoder, or the masked language model.
+    """A BERT or RoBERTa, slim or not, from a directory or the hub: the encoder, or the masked language model.
 
-    A masked language model of which only the encoder was saved gets a new head.
+    It is in eval mode. A masked language model of which only the encoder was saved gets a new head.
 
     Raises:
-        ModelError: it cannot be loaded, or is no BERT.
+        ModelError: it cannot be loaded, or is another model.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-    slim_bert_classes()
+    _know_slim()
     with clear_errors(str(folder)):
         kind = AutoConfig.from_pretrained(str(folder)).model_type
-    if kind not in ("bert", SLIM):
-        raise ModelError(f"{folder}: a {kind} model; give a BERT encoder")
+    if kind.removeprefix(SLIM) not in FAMILIES:
+        raise ModelError(f"{folder}: a {kind} model; give a BERT or RoBERTa encoder")
     auto: Any = AutoModelForMaskedLM if masked_lm else AutoModel
     options = {} if masked_lm else {"add_pooling_layer": False}
     with clear_errors(str(folder)):
@@ -349,12 +344,17 @@ def load_encoder(folder: str | Path, *, masked_lm: bool = False) -> Any:
 
 
 def load_encoder_classifier(folder: str | Path) -> Any:
-    """A classifier on a BERT or a slim BERT, as `load_encoder` loads the encoder: from a directory, in eval mode."""
+    """A classifier on an encoder as `load_encoder` loads it: from a directory, in eval mode."""
     from transformers import AutoModelForSequenceClassification
 
-    slim_bert_classes()
+    _know_slim()
     with clear_errors(str(folder)):
         model = AutoModelForSequenceClassification.from_pretrained(
             str(folder), use_safetensors=True, dtype=torch.float32
         )
     return model.eval()
+
+
+def _know_slim() -> None:
+    for kind in FAMILIES:
+        slim_classes(kind)

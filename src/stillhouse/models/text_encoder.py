@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stillhouse.base.errors import ModelError
+from stillhouse.models.efficient_attention import reserved_positions
 from stillhouse.models.errors import clear_errors
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ class TextEncoder:
 
     Which of the two, and how many tokens are read, is taken from a directory of ``sentence-transformers`` where there
     is one; else it is the mean.
+
+    Raises:
+        ModelError: it cannot be loaded, or is no encoder with padding.
     """
 
     def __init__(self, name: str, *, batch_size: int = 32, trust_remote_code: bool = False) -> None:
@@ -28,12 +33,14 @@ class TextEncoder:
         with clear_errors(name):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
             self.model: Any = AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code, use_safetensors=True)
+        if self.model.config.is_encoder_decoder or self.tokenizer.pad_token_id is None:
+            raise ModelError(f"{name}: no text encoder with a padding token; give a BERT-like one with its tokenizer")
         self.model.eval()
         self.batch_size = batch_size
         pooling = Path(name) / "1_Pooling" / "config.json"
         self.first = pooling.exists() and bool(json.loads(pooling.read_text()).get("pooling_mode_cls_token"))
-        limits = [self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512)]
-        self.longest = int(min(limits))
+        positions = getattr(self.model.config, "max_position_embeddings", 512) - reserved_positions(self.model)
+        self.longest = int(min(self.tokenizer.model_max_length, positions))
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:

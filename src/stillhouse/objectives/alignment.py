@@ -16,9 +16,9 @@ from stillhouse.core.schedule import Progress
 from stillhouse.data.responses import response_tokens
 from stillhouse.losses.divergences import ReverseKL
 from stillhouse.losses.extrapolation import Extrapolation, linear_extrapolated_kl
-from stillhouse.losses.linear_divergence import OutputLayer, linear_divergence
+from stillhouse.losses.linear_divergence import OutputLayer
 from stillhouse.losses.preference import sums_by_row
-from stillhouse.losses.token_logprobs import Head, token_logprobs
+from stillhouse.losses.token_logprobs import Head, head_divergence, token_logprobs
 from stillhouse.objectives.language import LanguageHead
 from stillhouse.objectives.responses import opened
 
@@ -133,22 +133,8 @@ class SequenceReward(Term):
         weight_N = per_response(row_N, rows)
         gradient = -((reward_B - reward_B.mean())[row_N] * logp_N * weight_N).sum()
         origin = 1 if self.how.origin == "plus" else 2
-        student, reference = layer_of(found[0][1]), layer_of(found[origin][1])
-        kl = linear_divergence(
-            hidden[0],
-            student.weight,
-            hidden[origin],
-            reference.weight,
-            divergence=ReverseKL(),
-            student_bias_V=student.bias,
-            teacher_bias_V=reference.bias,
-            student_logit_scale=student.scale,
-            teacher_logit_scale=reference.scale,
-            student_softcap=student.softcap,
-            teacher_softcap=reference.softcap,
-            weight_N=weight_N,
-            reduction="sum",
-        ).loss
+        options = {"divergence": ReverseKL(), "weight_N": weight_N, "reduction": "sum"}
+        kl = head_divergence(hidden[0], found[0][1], hidden[origin], found[origin][1], **options).loss
         self.log("reward", reward_B.mean())
         self.log("tokens", batch["loss_mask"].sum() / rows)
         return [TermValue(self.name, gradient), TermValue("KL", kl, self.strength)]

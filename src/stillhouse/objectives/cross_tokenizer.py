@@ -25,8 +25,8 @@ from stillhouse.losses.chunks import (
     sorted_distance,
 )
 from stillhouse.losses.divergences import ForwardKL
-from stillhouse.losses.linear_divergence import linear_cross_entropy, linear_divergence
-from stillhouse.losses.token_logprobs import Head, in_chunks
+from stillhouse.losses.linear_divergence import linear_cross_entropy
+from stillhouse.losses.token_logprobs import Head, head_divergence, in_chunks
 from stillhouse.objectives.language import LanguageHead, head_of
 
 TEACHER = "teacher"
@@ -284,20 +284,10 @@ class SpellingMatch(_Pair):
         matched = [_next(_of_chunks(text["chunks"], single_BC)) for text in (batch, theirs)]
         rest_BT = _next(batch["loss_mask"]) & ~matched[0]
         h_s, h_t = tensors["student_hidden"], tensors["teacher_hidden"]
-        transferred = linear_divergence(
-            h_s[matched[0]],
-            student.weight,
-            h_t[matched[1]],
-            teacher.weight[self.nearest],
-            divergence=ForwardKL(temperature=self.temperature),
-            student_bias_V=student.bias,
-            teacher_bias_V=None if teacher.bias is None else teacher.bias[self.nearest],
-            student_logit_scale=student.scale,
-            teacher_logit_scale=teacher.scale,
-            student_softcap=student.softcap,
-            teacher_softcap=teacher.softcap,
-            reduction="sum",
-        ).loss
+        bias_V = None if teacher.bias is None else teacher.bias[self.nearest]
+        nearest = teacher._replace(weight=teacher.weight[self.nearest], bias=bias_V)
+        options = {"divergence": ForwardKL(temperature=self.temperature), "reduction": "sum"}
+        transferred = head_divergence(h_s[matched[0]], student, h_t[matched[1]], nearest, **options).loss
         labels_BT = nn.functional.pad(batch["input_ids"][:, 1:], (0, 1))
         own = linear_cross_entropy(
             h_s[rest_BT],
@@ -368,8 +358,9 @@ class DualSpaceMatch(_Pair):
         right = (guess.view_as(labels) == labels) & weight.bool()
         self.log("right", right.sum() / weight.sum().clamp(min=1))
         divergence = ForwardKL(temperature=self.temperature)
-        to_student = _divergence(h_s, student, t2s_BSD.detach(), still, divergence, right)
-        to_teacher = _divergence(s2t_BTE, teacher, h_t, teacher, divergence, theirs["loss_mask"][:, 1:])
+        to_student = head_divergence(h_s, student, t2s_BSD.detach(), still, divergence=divergence, weight_N=right).loss
+        options = {"divergence": divergence, "weight_N": theirs["loss_mask"][:, 1:]}
+        to_teacher = head_divergence(s2t_BTE, teacher, h_t, teacher, **options).loss
         return learns + to_student + to_teacher
 
     def carried(self, batch: Batch, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -385,23 +376,3 @@ class DualSpaceMatch(_Pair):
         values_t = self.to_student(h_t / h_t.std() + x_t[:, 1:] / x_t[:, 1:].std())
         t2s = scores_BST.softmax(-1).to(values_t.dtype) @ values_t
         return t2s, scores_BST.transpose(1, 2).softmax(-1).to(h_s.dtype) @ self.to_teacher(h_s)
-
-
-def _divergence(
-    h_s: Tensor, student: Head, h_t: Tensor, teacher: Head, divergence: ForwardKL, weight: Tensor
-) -> Tensor:
-    """Mean divergence of rows over two opened heads; gradients only for the first side."""
-    return linear_divergence(
-        h_s,
-        student.weight,
-        h_t,
-        teacher.weight,
-        divergence=divergence,
-        student_bias_V=student.bias,
-        teacher_bias_V=teacher.bias,
-        student_logit_scale=student.scale,
-        teacher_logit_scale=teacher.scale,
-        student_softcap=student.softcap,
-        teacher_softcap=teacher.softcap,
-        weight_N=weight,
-    ).loss

@@ -168,6 +168,21 @@ def plan(
     return segments
 
 
+def low_branch(segments: Sequence[Segment], rate: float) -> Segment | None:
+    """A branch beside the last decay of a plan: from the same stable weights, as many steps at the constant ``rate``.
+
+    Its loss falls too, but more slowly (Wen et al., 2024, arXiv 2410.05192): in a valley of curvature gamma the
+    variance up the hill comes by (1 - rate gamma)^2 a step to that of the low rate. None where no stable segment leads
+    to the last target.
+    """
+    last = segments[-1]
+    before = next((segment for segment in segments if segment.name == last.start), None)
+    if before is None or before.target is not None:
+        return None
+    course = replace(last.rate, pieces=(Piece(last.begin, last.end, lambda _u: rate),))
+    return replace(last, name="low", rate=course, target=None)
+
+
 def _chained(parts: Sequence[tuple[str, int, int | None]], rate: Course) -> list[Segment]:
     """One run, cut at the ends of its parts."""
     segments: list[Segment] = []

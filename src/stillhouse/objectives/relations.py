@@ -58,7 +58,7 @@ class RelationMatch(Term):
 
 
 def last_relations(model: Observed, encoder: str = "") -> dict[str, Signal]:
-    """Query, key and value of the last layer of a BERT; ``encoder`` is the path of the ``BertModel`` in the model."""
+    """Query, key and value of the last layer of a BERT or RoBERTa; ``encoder`` is its path in the model."""
     layers = model.module.get_submodule(f"{encoder}.encoder.layer".lstrip("."))
     place = f"{encoder}.encoder.layer.{len(layers) - 1}.attention.self".lstrip(".")  # type: ignore[arg-type]
     return {key: model.tap(f"{place}.{key}") for key in RELATED}

@@ -26,7 +26,7 @@ from stillhouse.losses.policy_gradient import (
     kl_to_reference,
     truncated_ratio,
 )
-from stillhouse.losses.preference import sums_by_row
+from stillhouse.losses.preference import dpo_loss, sums_by_row
 from stillhouse.losses.token_logprobs import Head, in_chunks, token_logprobs
 from stillhouse.objectives.language import LanguageHead
 
@@ -100,6 +100,20 @@ class PairLoss(Term):
         self.log("rejected_logp", l_P.sum() / length_l_P.sum())
         known = () if reference is None else sums(reference, "reference")
         return self.loss(Pairs(w_P, length_w_P, l_P, length_l_P, *known)).mean()
+
+
+def preferring(student: LanguageHead, reference: LanguageHead, *, beta: float, name: str) -> PairLoss:
+    """Direct preference optimization (Rafailov et al., 2023, arXiv 2305.18290) against a frozen reference.
+
+    With the data's responses as the better ones, and as the worse ones those of the reference itself, it is the loss of
+    self-play fine-tuning (Chen et al., 2024, arXiv 2401.01335, eq. 4.7).
+    """
+
+    def loss(pairs: Pairs) -> Tensor:
+        assert pairs.ref_w is not None and pairs.ref_l is not None
+        return dpo_loss(pairs.logp_w, pairs.logp_l, pairs.ref_w, pairs.ref_l, beta=beta)
+
+    return PairLoss(student, loss, reference=reference, name=name)
 
 
 class PolicyGradient(Term):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
 from stillhouse.base.files import whole_file
 from stillhouse.report.figures import (
@@ -49,6 +50,11 @@ THEME_SCRIPT = """
 """
 
 
+# Drawing is most of the work, and every audit of a run writes its page again.
+_line_plot = functools.lru_cache(200)(line_plot)
+_reliability_plot = functools.lru_cache(200)(reliability_plot)
+
+
 def write_report(run_dir: Path) -> Path:
     """Write ``run_dir/report.html``: one file, no network, readable without JavaScript.
 
@@ -66,21 +72,13 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunRecord) -> str:
     """The page of a run."""
-    environment = Environment(
-        loader=FunctionLoader(lambda name: files("stillhouse.report").joinpath(name).read_text("utf-8")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {"duration": duration, "memory": memory, "compact": compact, "plain": plain}
     script = THEME_SCRIPT.strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     trained = [stage for stage in run.stages if stage.train or stage.evals]
     plotted = _spread(trained, MOST_PLOTTED_STAGES)
     looks = _looks(trained)
     samples = [sample for stage in run.stages for sample in _samples(stage)]
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         run=run,
         css=files("stillhouse.report").joinpath("report.css").read_text("utf-8"),
         palette=PALETTE,
@@ -106,6 +104,19 @@ def render(run: RunRecord) -> str:
         machine=_machine(run),
         show=show,
     )
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FunctionLoader(lambda name: files("stillhouse.report").joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"duration": duration, "memory": memory, "compact": compact, "plain": plain}
+    return environment.get_template("report.html.j2")
 
 
 def _spread(stages: list[StageRecord], most: int) -> list[StageRecord]:
@@ -171,7 +182,7 @@ def _reliability(run: RunRecord) -> list[Plot]:
                 for one in listed(mapping(about).get("bins"))
                 if isinstance(one, dict)
             ]
-            plots.append(reliability_plot(f"r{len(plots)}", name, bins, number(mapping(about).get("ece"))))
+            plots.append(_reliability_plot(f"r{len(plots)}", name, tuple(bins), number(mapping(about).get("ece"))))
     return [plot for plot in plots if plot]
 
 
@@ -216,11 +227,11 @@ def _training(stage: StageRecord, looks: Mapping[str, tuple[str, tuple[float, ..
             for line in stage.evals
             if name in mapping(line.get("metrics"))
         ]
-        one = Series(name, [x for x, _ in points], [y for _, y in points])
+        one = Series(name, tuple(x for x, _ in points), tuple(y for _, y in points))
         if len(points) == 1:
             constants.append((f"{name} at step {compact(points[0][0])}, evaluated once", compact(points[0][1])))
         else:
-            plots.append(line_plot(f"{prefix}e{index}", f"Evaluation: {name}", name, [one], steep=True, markers=True))
+            plots.append(_line_plot(f"{prefix}e{index}", f"Evaluation: {name}", name, (one,), steep=True, markers=True))
     evals = Group("", [plot for plot in plots if plot], constants)
     if len(players) == 1 and players[0].plots:
         only = players[0]
@@ -239,7 +250,7 @@ def _player(
 
     def series(name: str, read: Any, color: str = "ink", dash: tuple[float, ...] = (), width: float = 1.5) -> Series:
         points = [(number(line["step"]), number(found)) for line in lines for found in read(line)]
-        return Series(name, [x for x, _ in points], [y for _, y in points], color, dash, width)
+        return Series(name, tuple(x for x, _ in points), tuple(y for _, y in points), color, dash, width)
 
     def terms(key: str) -> list[Series]:
         def reader(name: str) -> Any:
@@ -269,7 +280,9 @@ def _player(
             constants.extend((label.format(one.name), compact(one.y[0])) for one in many)
         else:
             plots.append(
-                line_plot(f"{prefix}f{len(plots)}", title, ylabel, many, unit_interval=unit_interval, steep=steep)
+                _line_plot(
+                    f"{prefix}f{len(plots)}", title, ylabel, tuple(many), unit_interval=unit_interval, steep=steep
+                )
             )
 
     def field_of(key: str) -> Any:

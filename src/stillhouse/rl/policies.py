@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 import torch
 
 from stillhouse.data.responses import Row, pack_rows
-from stillhouse.data.sources import Batches
-from stillhouse.rl.sampling import Writer
+from stillhouse.data.sources import Batches, Wrapped
+from stillhouse.rl.sampling import Response, Writer
 
 Choice = Literal["data", "write", "replay"]
 
@@ -86,7 +86,7 @@ class AdaptiveReplay:
         self.share, self.last = state["share"], state["last"]
 
 
-class PolicySource:
+class PolicySource(Wrapped):
     """A resumable stream of batches, of the data's text or of the student's own.
 
     Every turn draws a batch of the data. The student's turn keeps its prompts and writes the responses anew; batches
@@ -122,7 +122,7 @@ class PolicySource:
         beside: Batches | None = None,
         seed: int = 0,
     ) -> None:
-        self.batches = batches
+        super().__init__(batches, beside)
         self.writer = writer
         self.chooser = chooser
         self.pad = pad
@@ -135,21 +135,6 @@ class PolicySource:
         self.seed = seed
         self._turn = 0
         self._kept: list[Row] = []
-
-    @property
-    def epoch(self) -> int:
-        """Passes over the data."""
-        return self.batches.epoch
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        return self.batches.shard
-
-    @shard.setter
-    def shard(self, value: tuple[int, int]) -> None:
-        self.batches.shard = value
-        if self.beside is not None:
-            self.beside.shard = value
 
     def __next__(self) -> dict[str, Any]:
         batch, own = self._next()
@@ -165,7 +150,7 @@ class PolicySource:
         """The batch, and whether it is the student's text."""
         if self.watch is not None and self._turn % self.watch_every == 0:
             self.chooser.observe(self.watch())
-        batch: dict[str, Any] = next(self.batches)
+        batch: dict[str, Any] = next(self.source)
         rank, world = self.shard
         common = random.Random(f"{self.seed} {self._turn}")  # all processes take the same turn
         full = len(self._kept) >= max(1, self.capacity)
@@ -188,7 +173,7 @@ class PolicySource:
         kept = [[list(prompt), list(response)] for prompt, response in self._kept]
         return {
             "turn": self._turn,
-            "batches": self.batches.state_dict(),
+            "batches": self.source.state_dict(),
             "beside": None if self.beside is None else self.beside.state_dict(),
             "kept": kept,
             "chooser": self.chooser.state_dict(),
@@ -196,14 +181,14 @@ class PolicySource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._turn = state["turn"]
-        self.batches.load_state_dict(state["batches"])
+        self.source.load_state_dict(state["batches"])
         if self.beside is not None:
             self.beside.load_state_dict(state["beside"])
         self._kept = [(list(prompt), list(response)) for prompt, response in state["kept"]]
         self.chooser.load_state_dict(state["chooser"])
 
 
-class ReusedText:
+class ReusedText(Wrapped):
     """Own text in rounds: the student writes some batches as it stands, and then learns from them several times.
 
     Each time the rows of a round are dealt out anew. What ``note`` says of every response token when it was written
@@ -227,7 +212,7 @@ class ReusedText:
         beside: Batches | None = None,
         seed: int = 0,
     ) -> None:
-        self.source = source
+        super().__init__(source, beside)
         self.note = note
         self.batches = batches
         self.times = times
@@ -237,21 +222,6 @@ class ReusedText:
         self._rows: list[Row] = []
         self._noted: list[dict[str, torch.Tensor]] = []  # of each row
         self._queue: list[list[int]] = []
-
-    @property
-    def epoch(self) -> int:
-        """Passes over the data that the prompts come from."""
-        return self.source.epoch
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        return self.source.shard
-
-    @shard.setter
-    def shard(self, value: tuple[int, int]) -> None:
-        self.source.shard = value
-        if self.beside is not None:
-            self.beside.shard = value
 
     def __next__(self) -> dict[str, Any]:
         if not self._queue:
@@ -301,6 +271,12 @@ class ReusedText:
         self._queue = [list(part) for part in state["queue"]]
         self._rows = [(list(prompt), list(response)) for prompt, response, _ in state["rows"]]
         self._noted = [dict(noted) for *_, noted in state["rows"]]
+
+
+def packed(prompts: Sequence[list[int]], written: Sequence[Response], *, pad: int, size: int) -> list[Any]:
+    """What was written after prompts, as batches of ``size`` rows, the last one of fewer; see `pack_rows`."""
+    rows = [(prompt, one.ids) for prompt, one in zip(prompts, written, strict=True)]
+    return [pack_rows(rows[start : start + size], pad) for start in range(0, len(rows), size)]
 
 
 def rows_of(batch: Mapping[str, Any]) -> list[Row]:

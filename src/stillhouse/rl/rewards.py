@@ -66,12 +66,16 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, text: str, record: Record) -> float:
-        if self.tokenizer.chat_template:
-            turns = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": text}]
-            read = self.tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
-        else:
-            read = self.tokenizer(f"{record['prompt']}\n{text}", return_tensors="pt")
+        read = read_as(self.tokenizer, record["prompt"], text, return_tensors="pt")
         return float(self.model(**read.to(self.model.device)).logits.squeeze())
+
+
+def read_as(tokenizer: Any, prompt: str, text: str, **options: Any) -> Any:
+    """What a reward model reads of a prompt and its response: the tokenizer's encoding."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        return tokenizer.apply_chat_template(turns, return_dict=True, **options)
+    return tokenizer(f"{prompt}\n{text}", **options)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.responses import Coder, response_tokens
-from stillhouse.data.sources import Batches
+from stillhouse.data.sources import Batches, Wrapped
 from stillhouse.data.verifiers import Record, Verifier, judged
 from stillhouse.rl.advantages import Advantage, advantages
 from stillhouse.rl.sampling import Sampler
@@ -41,7 +41,7 @@ Rollouts = list[Rollout]
 Collate = Callable[[Rollouts], dict[str, Any]]
 
 
-class RolloutSource:
+class RolloutSource(Wrapped):
     """A resumable stream of batches written by a live policy.
 
     Every round takes the next ``prompts`` problems, lets ``sampler`` write ``group`` responses to each, judges them,
@@ -86,9 +86,9 @@ class RolloutSource:
     ) -> None:
         if (epochs > 1 or minibatches > 1) and score is None:
             raise ValueError("several epochs or minibatches need score=, for the probabilities the tokens had")
+        super().__init__(Batches(problems, prompts, seed=seed, collate=list))
         self.sampler = sampler
         self.coder = coder
-        self.problems = Batches(problems, prompts, seed=seed, collate=list)
         self.verifier = verifier
         self.group = group
         self.epochs = epochs
@@ -102,19 +102,6 @@ class RolloutSource:
         self._rollouts: Rollouts = []
         self._queue: list[list[int]] = []
 
-    @property
-    def epoch(self) -> int:
-        """Passes over the problems."""
-        return self.problems.epoch
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        return self.problems.shard
-
-    @shard.setter
-    def shard(self, value: tuple[int, int]) -> None:
-        self.problems.shard = value
-
     def __next__(self) -> dict[str, Any]:
         if not self._queue:
             self._collect()
@@ -126,7 +113,7 @@ class RolloutSource:
         rank, world = self.shard
         seed = ((self.seed * 1_000_003 + self._round) * world + rank) % 2**63
         self._round += 1
-        problems = next(self.problems)
+        problems = next(self.source)
         written = self.sampler.sample([problem["prompt"] for problem in problems], n=self.group, seed=seed)
         self._rollouts = []
         for group, (problem, responses) in enumerate(zip(problems, written, strict=True)):
@@ -173,11 +160,11 @@ class RolloutSource:
 
     def state_dict(self) -> dict[str, Any]:
         left = [dataclasses.asdict(rollout) for rollout in self._rollouts] if self._queue else []
-        return {"round": self._round, "problems": self.problems.state_dict(), "queue": self._queue, "rollouts": left}
+        return {"round": self._round, "problems": self.source.state_dict(), "queue": self._queue, "rollouts": left}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._round = state["round"]
-        self.problems.load_state_dict(state["problems"])
+        self.source.load_state_dict(state["problems"])
         self._queue = [list(part) for part in state["queue"]]
         self._rollouts = [Rollout(**{**one, "siblings": tuple(one["siblings"])}) for one in state["rollouts"]]
 

@@ -24,7 +24,7 @@ from stillhouse.core.train import Train
 from stillhouse.data.text import TextData
 from stillhouse.data.windows import Counts, Windows, WindowSplit
 from stillhouse.models.causal_lm import load_causal_lm
-from stillhouse.tasks.embedded_lm import reader, small_llama
+from stillhouse.tasks.embedded_lm import SmallReader
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
 
 if TYPE_CHECKING:
@@ -48,18 +48,7 @@ class Canaries:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class CanaryModel:
-    """A model of the language, and how it learns to read."""
-
-    width: int
-    layers: int
-    epochs: float
-    lr: float = 3e-3
-    batch_size: int = 50
-
-
-TEACHER, STUDENT = CanaryModel(96, 3, 6.0), CanaryModel(64, 2, 3.0)
+TEACHER, STUDENT = SmallReader(96, 3, 6.0), SmallReader(64, 2, 3.0)
 
 
 @dataclass(frozen=True)
@@ -137,28 +126,16 @@ def canary_task(system: LanguageSystem, run: Run) -> Generator[Stage, Artifact, 
         fingerprint=content,
         counts=Counts(language.train.numel(), predicted, predicted),
     )
-    taught = yield _reader("teacher-reading", TEACHER, language.reading, tokenizer, recipe, seed=0)
+
+    def read(name: str, size: SmallReader, text: Tensor, seed: int) -> Train:
+        cache = {**asdict(recipe), "model_seed": seed}
+        return size.reads(name, WindowSplit({"input_ids": text}), tokenizer, seed=seed, cache=cache)
+
+    taught = yield read("teacher-reading", TEACHER, language.reading, 0)
     teacher, _ = load_causal_lm(str(taught.path))
-    begun = yield _reader(
-        "student-reading", STUDENT, language.reading[: recipe.student_reading], tokenizer, recipe, seed=system.seed
-    )
+    begun = yield read("student-reading", STUDENT, language.reading[: recipe.student_reading], system.seed)
 
     def new_student() -> Any:
         return load_causal_lm(str(begun.path), dtype=torch.float32)[0]
 
     return LanguageTask(system, run, teacher, tokenizer, data, windows, len(tokenizer), new_student)
-
-
-def _reader(name: str, size: CanaryModel, text: Tensor, tokenizer: Any, recipe: Canaries, *, seed: int) -> Train:
-    return reader(
-        name,
-        small_llama(tokenizer, width=size.width, layers=size.layers, positions=64),
-        WindowSplit({"input_ids": text}),
-        tokenizer,
-        batch_size=size.batch_size,
-        epochs=size.epochs,
-        lr=size.lr,
-        floor=0.1,
-        seed=seed,
-        cache={**asdict(recipe), **asdict(size), "model_seed": seed},
-    )

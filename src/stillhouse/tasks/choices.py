@@ -24,7 +24,7 @@ from stillhouse.core.train import Train
 from stillhouse.data.text import TextData
 from stillhouse.data.windows import Counts, Windows, WindowSplit
 from stillhouse.models.causal_lm import load_causal_lm
-from stillhouse.tasks.embedded_lm import reader, small_llama
+from stillhouse.tasks.embedded_lm import SmallReader
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
 
 if TYPE_CHECKING:
@@ -53,18 +53,7 @@ class Choices:
         return self.answers + self.slots * self.values
 
 
-@dataclass(frozen=True)
-class ChoiceModel:
-    """A model that answers, and how it learns to."""
-
-    width: int
-    layers: int
-    epochs: float
-    lr: float = 3e-3
-    batch_size: int = 50
-
-
-TEACHER, STUDENT = ChoiceModel(64, 2, 4.0), ChoiceModel(32, 1, 4.0)
+TEACHER, STUDENT = SmallReader(64, 2, 4.0), SmallReader(32, 1, 4.0)
 
 
 class World:
@@ -172,29 +161,17 @@ def choice_task(system: LanguageSystem, run: Run) -> Generator[Stage, Artifact, 
         counts=Counts(train.numel(), recipe.validation, recipe.validation),
         documents=tuple(range(recipe.train)),
     )
-    taught = yield _reader("teacher-reading", TEACHER, reading, tokenizer, recipe, seed=0)
+
+    def read(name: str, size: SmallReader, rows: Tensor, seed: int) -> Train:
+        cache = {"task": "choices", **asdict(recipe), "model_seed": seed}
+        return size.reads(name, as_windows(rows), tokenizer, seed=seed, cache=cache)
+
+    taught = yield read("teacher-reading", TEACHER, reading, 0)
     teacher, _ = load_causal_lm(str(taught.path))
-    begun = yield _reader(
-        "student-reading", STUDENT, reading[: recipe.student_reading], tokenizer, recipe, seed=system.seed
-    )
+    begun = yield read("student-reading", STUDENT, reading[: recipe.student_reading], system.seed)
     data = TextData(documents, "prompt-completion", "choices", content)
 
     def new_student() -> Any:
         return load_causal_lm(str(begun.path), dtype=torch.float32)[0]
 
     return LanguageTask(system, run, teacher, tokenizer, data, windows, len(tokenizer), new_student)
-
-
-def _reader(name: str, size: ChoiceModel, rows: Tensor, tokenizer: Any, recipe: Choices, *, seed: int) -> Train:
-    return reader(
-        name,
-        small_llama(tokenizer, width=size.width, layers=size.layers, positions=64),
-        as_windows(rows),
-        tokenizer,
-        batch_size=size.batch_size,
-        epochs=size.epochs,
-        lr=size.lr,
-        floor=0.1,
-        seed=seed,
-        cache={"task": "choices", **asdict(recipe), **asdict(size), "model_seed": seed},
-    )

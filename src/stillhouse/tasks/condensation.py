@@ -30,8 +30,8 @@ from stillhouse.core.train import Train
 from stillhouse.data.condensation.dsa import Kind, augment
 from stillhouse.data.condensation.synthetic import SyntheticImages, images_per_class, to_dataset
 from stillhouse.data.condensation.zca import ZCA
-from stillhouse.data.images import Augmented, Images, digits, load_images
-from stillhouse.data.sources import Batches
+from stillhouse.data.images import Images, digits, load_images
+from stillhouse.data.sources import Augmented, Batches
 from stillhouse.models.convnet import MLP, ConvNet
 from stillhouse.models.image_classifier import (
     image_processor,

@@ -21,6 +21,7 @@ from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
 from stillhouse.data.text import TextData
 from stillhouse.data.windows import Counts, Windows, WindowSplit
+from stillhouse.metrics.compounding import expected_errors
 from stillhouse.models.causal_lm import new_causal_lm
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
 
@@ -29,6 +30,7 @@ BOS, SEP, END = POSITIONS, POSITIONS + 1, POSITIONS + 2
 VOCABULARY = POSITIONS + 3
 CERTAINTY = 0.98
 NOISES = (0.0, 0.1, 0.2)
+LONG = 100  # steps over which errors are reckoned up
 
 
 def expert(place: Tensor, target: Tensor) -> Tensor:
@@ -184,4 +186,36 @@ def exposure(model: Any, *, seed: int, count: int = 512) -> dict[str, float]:
                 chosen = torch.where(pushed, elsewhere, chosen)
             ids = torch.cat([ids, chosen[:, None]], 1)
         found[f"right_{noise:g}"] = sum(right) / len(right)
+    return found
+
+
+def excess_error(model: Any, *, seed: int, count: int = 512) -> dict[str, float]:
+    """How much more a model errs on its own walks than on the teacher's, and what its errors there come to.
+
+    ``excess_1`` to ``excess_8``: the probability of a move that is not the expert's, at each position of walks that the
+    model drew, less that on walks which the teacher drew from the same prompts. With the error of a step on the
+    teacher's walks, ``lost_unrecovered`` and ``lost_recovered`` say how many of `LONG` steps would be wrong if no error
+    were made good, and if each were.
+    """
+    own, given = (_errors(model, taught=taught, seed=seed, count=count) for taught in (False, True))
+    error = sum(given) / len(given)
+    return {
+        **{f"excess_{step}": mine - its for step, (mine, its) in enumerate(zip(own, given, strict=True), start=1)},
+        "lost_unrecovered": expected_errors(error, LONG),
+        "lost_recovered": expected_errors(error, LONG, recovery=1.0),
+    }
+
+
+@torch.no_grad()
+def _errors(model: Any, *, taught: bool, seed: int, count: int) -> list[float]:
+    """The model's mean probability of a wrong move by position, on walks that it draws or (``taught``) the teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = walks(count, generator)[:, :PROMPT].to(next(model.parameters()).device)
+    found = []
+    for _ in range(STEPS):
+        q = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
+        p = rule_log_p(ids)[:, -1].exp()
+        found.append(1 - q.gather(1, p.argmax(-1, keepdim=True)).double().mean().item())
+        drawn = torch.multinomial((p if taught else q).cpu(), 1, generator=generator)
+        ids = torch.cat([ids, drawn.to(ids.device)], 1)
     return found

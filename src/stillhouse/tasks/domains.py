@@ -30,7 +30,7 @@ from stillhouse.data.domains import load_domains
 from stillhouse.data.encoding import digest
 from stillhouse.data.text import TextData
 from stillhouse.data.toy_domains import CHARACTERS, ToyDomains, toy_domains
-from stillhouse.data.windows import Counts, Windows, WindowSplit, tokenize_windows
+from stillhouse.data.windows import Counts, Windows, WindowSplit
 from stillhouse.metrics.sequence_loss import mean_loss, perplexity
 from stillhouse.models.causal_lm import load_causal_lm
 from stillhouse.models.character_tokenizer import character_tokenizer
@@ -44,6 +44,7 @@ from stillhouse.tasks.language import (
     LanguageTask,
     endpoint_of,
     student_builder,
+    windows_of,
 )
 from stillhouse.tasks.selection_pictures import course_picture
 
@@ -106,17 +107,7 @@ class DomainTask:
         if system.packing:
             check_packing(teacher)
         names = list(texts)
-        parts = [
-            tokenize_windows(
-                text,
-                tokenizer,
-                window=system.window,
-                validation=system.validation,
-                selection=system.selection,
-                packing=system.packing,
-            )
-            for text in texts.values()
-        ]
+        parts = [windows_of(system, text, tokenizer) for text in texts.values()]
         whole = _together(parts, system.data)
         everything = datasets.concatenate_datasets([text.documents for text in texts.values()])
         data = TextData(everything, parts[0].kind, system.data, whole.fingerprint)

@@ -18,7 +18,16 @@ from stillhouse.core.stage import Context, Evaluate, Stage, Transform
 from stillhouse.core.train import Train
 from stillhouse.data.windows import WindowSplit
 from stillhouse.metrics.objectives import mean_values
-from stillhouse.models.elastic import ElasticBert, SubNetwork, extract, flops, load_encoder, parameter_count, whole
+from stillhouse.models.elastic import (
+    ElasticBert,
+    SubNetwork,
+    check_elastic,
+    extract,
+    flops,
+    load_encoder,
+    parameter_count,
+    whole,
+)
 from stillhouse.models.subspaces import SubSpace
 from stillhouse.objectives.relations import (
     RelationForm,
@@ -65,21 +74,20 @@ class ElasticTask(EncoderTask):
         system: EncoderSystem, run: Run, *, heads: int = 12, form: RelationForm = "mse"
     ) -> Generator[Stage, Artifact, ElasticTask]:
         task = yield from EncoderTask.prepare(system, run)
+        check_elastic(task.teacher.config.model_type)
         held = {field.name: getattr(task, field.name) for field in fields(EncoderTask)}
         return ElasticTask(**held, heads=heads, form=form)
 
     def match(self, student: Mapping[str, Signal], teacher: Observed) -> RelationMatch:
         """The relations of a student to those of the teacher's last layer."""
-        return RelationMatch(student, last_relations(teacher, "bert"), heads=self.heads, form=self.form)
+        return RelationMatch(
+            student, last_relations(teacher, self.teacher.base_model_prefix), heads=self.heads, form=self.form
+        )
 
     def new_super_network(self) -> ElasticBert:
         """A super-network that begins as the teacher."""
-        from transformers import BertModel
-
-        if self.teacher.config.model_type != "bert":
-            raise ConfigError("super-networks are made of a BERT; this teacher has been slimmed already")
-        model = BertModel(self.teacher.config, add_pooling_layer=False)
-        model.load_state_dict(self.teacher.bert.state_dict())
+        model = type(self.teacher.base_model)(self.teacher.config, add_pooling_layer=False)
+        model.load_state_dict(self.teacher.base_model.state_dict())
         return ElasticBert(model)
 
     def load_super_network(self, artifact: Artifact) -> ElasticBert:

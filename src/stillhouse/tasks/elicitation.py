@@ -15,9 +15,9 @@ from stillhouse.core.observed import Observed
 from stillhouse.core.source import Source
 from stillhouse.core.train import Train
 from stillhouse.data.crops import mix_images
-from stillhouse.data.images import Augmented, Change, Images, in_turn, random_shift, subset
+from stillhouse.data.images import Images, in_turn, random_shift, subset
 from stillhouse.data.partly_labelled import ClassGaussians, PartlyLabelled
-from stillhouse.data.sources import Drawn
+from stillhouse.data.sources import Augmented, Change, Drawn
 from stillhouse.objectives.elicitation import RankedGuesses, Ranking
 from stillhouse.objectives.logits import CrossEntropy
 from stillhouse.tasks.vision import VisionSystem, VisionTask

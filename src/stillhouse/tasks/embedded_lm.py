@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from stillhouse.core.observed import Observed
 from stillhouse.core.player import Player, adamw
 from stillhouse.core.schedule import cosine
+from stillhouse.core.source import Source
 from stillhouse.core.train import Train
 from stillhouse.data.sources import Batches
 from stillhouse.models.causal_lm import new_causal_lm
@@ -97,18 +99,71 @@ def reader(
         cache: what the result depends on; the name is in it anyway.
     """
     batches = Batches(windows, batch_size, seed=seed, gather=True)
+    return next_token_training(
+        name,
+        partial(new_causal_lm, config, seed=seed),
+        batches,
+        tokenizer,
+        lr=lr,
+        steps=steps or round(epochs * len(batches)),
+        betas=betas,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        floor=floor,
+        cache=cache,
+    )
+
+
+def next_token_training(
+    name: str,
+    make: Callable[[], Any],
+    source: Source,
+    tokenizer: Any,
+    *,
+    lr: float,
+    steps: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+    warmup: float = 0.0,
+    floor: float = 0.0,
+    cache: Mapping[str, Any],
+) -> Train:
+    """The stage in which the model of ``make`` learns to predict the tokens of ``source``; the rest as in `reader`."""
 
     def player() -> Player:
-        model = Observed(new_causal_lm(config, seed=seed), name=name, options={"use_cache": False})
+        model = Observed(make(), name=name, options={"use_cache": False})
         optimizer = adamw(lr, betas=betas, weight_decay=weight_decay)
         course = cosine(1.0, floor, warmup=warmup)
         return Player(name, model, TokenCrossEntropy(head_of(model)), optimizer=optimizer, lr=course, clip=1.0)
 
-    return Train(
-        name,
-        player,
-        source=batches,
-        steps=steps or round(epochs * len(batches)),
-        save=partial(save_pretrained, tokenizer=tokenizer),
-        cache=cache,
-    )
+    save = partial(save_pretrained, tokenizer=tokenizer)
+    return Train(name, player, source=source, steps=steps, save=save, cache=cache)
+
+
+@dataclass(frozen=True)
+class SmallReader:
+    """A small Llama of a language of its own, and how it learns to read it."""
+
+    width: int
+    layers: int
+    epochs: float
+    lr: float = 3e-3
+    batch_size: int = 50
+
+    def config(self, tokenizer: Any) -> Any:
+        return small_llama(tokenizer, width=self.width, layers=self.layers, positions=64)
+
+    def reads(self, name: str, windows: Any, tokenizer: Any, *, seed: int, cache: Mapping[str, Any]) -> Train:
+        """See `reader`; size and course are added to ``cache``."""
+        return reader(
+            name,
+            self.config(tokenizer),
+            windows,
+            tokenizer,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            epochs=self.epochs,
+            floor=0.1,
+            seed=seed,
+            cache={**cache, **asdict(self)},
+        )

@@ -27,12 +27,13 @@ from stillhouse.core.stage import Stage
 from stillhouse.core.system import System
 from stillhouse.core.train import Train
 from stillhouse.data.encoding import digest
-from stillhouse.data.masking import Masked, mask_tokens
+from stillhouse.data.masking import IGNORED, Masked, mask_tokens
 from stillhouse.data.sources import Batches, steps_in
 from stillhouse.data.text import TextData, load_text
 from stillhouse.data.toy_languages import Shape, languages, vocabulary
 from stillhouse.data.windows import Windows, WindowSplit, tokenize_windows
 from stillhouse.metrics.objectives import mean_values
+from stillhouse.models.efficient_attention import reserved_positions
 from stillhouse.models.elastic import load_encoder
 from stillhouse.models.errors import clear_errors
 from stillhouse.models.word_tokenizer import word_tokenizer
@@ -48,7 +49,9 @@ DEMO = "demo"
 class EncoderSystem(System):
     """Fields of every system that distils BERT-like encoders on unlabelled text."""
 
-    teacher: Annotated[str, "directory or hub id of a BERT; 'demo': a tiny one, trained once on the demo text"] = DEMO
+    teacher: Annotated[
+        str, "directory or hub id of a BERT or RoBERTa; 'demo': a tiny one, trained once on the demo text"
+    ] = DEMO
     data: Annotated[str, ".txt, .jsonl, .json or .parquet file, folder, hub data set id, or 'demo'"] = DEMO
     split: Annotated[str | None, "split of a hub data set"] = None
     text_field: Annotated[str | None, "column that holds the text; found by itself by default"] = None
@@ -108,10 +111,9 @@ class EncoderTask:
             teacher, tokenizer = yield from _demo_teacher(data, system.demo_steps)
         else:
             teacher, tokenizer = load_masked_lm(system.teacher)
-        if system.window > teacher.config.max_position_embeddings:
-            raise ConfigError(
-                f"window={system.window}: the teacher has {teacher.config.max_position_embeddings} positions"
-            )
+        positions = teacher.config.max_position_embeddings - reserved_positions(teacher)
+        if system.window > positions:
+            raise ConfigError(f"window={system.window}: the teacher has {positions} positions")
         windows = tokenize_windows(
             data, tokenizer, window=system.window, validation=system.validation, selection=system.selection
         )
@@ -141,17 +143,30 @@ class EncoderTask:
         return _masked(self.batches(batch_size=batch_size), self.tokenizer, self.system.mask_rate, self.system.seed)
 
     def batches_of(self, split: WindowSplit, *, masked: bool = False) -> Iterator[Batch]:
-        """Held-out text in batches of one size; if ``masked``, with the same tokens masked every time."""
+        """Held-out text in batches of one size; if ``masked``, with the same tokens masked every time.
+
+        A batch of which no token is masked is left out.
+
+        Raises:
+            ConfigError: in no batch there is one.
+        """
         count = min(len(split), self.system.eval_windows)
         size = min(32, count)
         generator = torch.Generator().manual_seed(0)
-        options = _mask_options(self.tokenizer, self.system.mask_rate)
+        options, some = _mask_options(self.tokenizer, self.system.mask_rate), False
         for start in range(0, count - size + 1, size):
             batch = split[list(range(start, start + size))]
             if masked:
                 ids, labels = mask_tokens(batch["input_ids"], generator=generator, **options)
+                if not (labels != IGNORED).any():
+                    continue
                 batch = {**batch, "input_ids": ids, "labels": labels}
+            some = True
             yield self.run.fabric.to_device(batch)
+        if not some:
+            raise ConfigError(
+                f"no token is masked in {count} held-out sequence(s); raise eval_windows, validation or mask_rate"
+            )
 
     def masked_loss(self, model: nn.Module, split: WindowSplit) -> float:
         """Mean cross-entropy of a masked language model on masked tokens, in nats."""
@@ -191,10 +206,10 @@ COLUMNS = [
 
 
 def load_masked_lm(name: str) -> tuple[Any, Any]:
-    """A BERT with its masked-language-model head, and its tokenizer, ready to end documents and to mask.
+    """A BERT or RoBERTa with its masked-language-model head, and its tokenizer, ready to end documents and to mask.
 
     Raises:
-        ModelError: no BERT, or a tokenizer without a mask.
+        ModelError: another model, or a tokenizer without a mask or with more tokens than the model.
     """
     from transformers import AutoTokenizer
 
@@ -202,7 +217,12 @@ def load_masked_lm(name: str) -> tuple[Any, Any]:
     with clear_errors(f"{name} (its tokenizer)"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.mask_token_id is None:
-        raise ModelError(f"{name}: its tokenizer has no mask token; give a BERT with its own tokenizer")
+        raise ModelError(f"{name}: its tokenizer has no mask token; give an encoder with its own tokenizer")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ModelError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; they do not "
+            "belong together"
+        )
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token  # BERT ends documents with its separator
     return model, tokenizer

@@ -70,9 +70,9 @@ def labelled_task(
 
 
 def classifier_on(encoder: Any, classes: Sequence[str] | None, *, seed: int) -> Any:
-    """A classifier that begins with the weights of a BERT encoder; its pooler and its head are new."""
+    """A classifier that begins with the weights of a BERT or RoBERTa encoder; its pooler and its head are new."""
     model = new_text_classifier(with_labels(encoder.config, classes or ()), seed=seed)
-    model.bert.load_state_dict(encoder.state_dict(), strict=False)
+    model.base_model.load_state_dict(encoder.state_dict(), strict=False)
     return model
 
 

@@ -26,6 +26,7 @@ from stillhouse.metrics.fidelity import Said, corrects, fidelity
 from stillhouse.metrics.ranking import rank_correlation
 from stillhouse.metrics.significance import one_way_anova, paired_t_test
 from stillhouse.models.causal_lm import parameter_count
+from stillhouse.models.text_encoder import TextEncoder
 from stillhouse.objectives.language import TokenMatch, head_of
 from stillhouse.rl.policies import PolicySource, Share, prompts_of
 from stillhouse.tasks.language import LanguageTask, is_spec, save_pretrained, student_builder
@@ -74,6 +75,9 @@ class GridSystem(PolicySystem):
     unaware: Annotated[bool, "also learn from the teacher as it was before teacher_epochs"] = False
     teacher_epochs: Annotated[float, "passes of the teacher over the text first; 0: it knows the task", Ge(0)] = 4.0
     marker: Annotated[str, "what the final answer follows in a response; empty: all of it is the answer"] = "#"
+    sentence_encoder: Annotated[
+        str | None, "directory or hub id of a text encoder, for the cosine of responses' vectors; none: not measured"
+    ] = None
     groups: Annotated[int, "parts of the held-out prompts that count as tests of their own", Ge(2)] = 14
     on_policy: ShareField = 0.5
     lora: Annotated[int | None, "train adapters of this rank (peft) instead of the weights", Ge(1)] = 8
@@ -84,9 +88,14 @@ class GridSystem(PolicySystem):
     new_tokens: Annotated[int, "longest response that is written", Ge(1)] = 256
 
     def refuse_unread(self) -> None:
-        """A `ConfigError` that names the inherited fields which are set though a grid has no use for them."""
+        """A `ConfigError` that names the inherited fields which are set though a grid has no use for them.
+
+        An encoder of sentences that cannot be loaded is refused here too, and not after all students are trained.
+        """
         also = ["pretrain beside students"] if self.students and vars(self)["pretrain"] else []
         refuse_unread(self, UNREAD, "objectives says what its students learn from", also=also)
+        if vars(self)["sentence_encoder"]:  # not as a field that is read: no student depends on it
+            TextEncoder(vars(self)["sentence_encoder"], trust_remote_code=vars(self)["trust_remote_code"])
 
     def builders(self, task: LanguageTask) -> list[Builder]:
         """How to make a student of every size; none of the task's own. To be asked for before anything is trained.
@@ -208,12 +217,12 @@ class Study:
 
     # -- what models say --------------------------------------------------------------------------------------------
 
-    def says(self, model: nn.Module, split: WindowSplit, most: int) -> Said:
+    def says(self, model: nn.Module, split: WindowSplit, most: int, embed: TextEncoder | None = None) -> Said:
         """A model's likeliest responses to the first prompts of a split."""
         policies = self.policies
         prompts = prompts_of(split[list(range(min(most, len(split))))], policies.system.prompt_tokens)
         written = policies.sampler(model, temperature=0.0).write(prompts, seed=0)
-        return Said([one.ids for one in written], [one.text for one in written], self.marker)
+        return Said([one.ids for one in written], [one.text for one in written], self.marker, embed)
 
     def _curve(self, model: nn.Module) -> dict[str, float]:
         windows = self.task.windows
@@ -238,18 +247,20 @@ class Study:
         save = partial(save_pretrained, tokenizer=self.task.tokenizer)
         return Transform("student", partial(copied, partial(self.task.load, self.best())), save=save)
 
-    def audit(self) -> Audit:
-        """The table of all students, with the statistics of the grid."""
-        return Audit("fidelity", self._audit)
+    def audit(self, sentence_encoder: str | None = None) -> Audit:
+        """The table of all students, with the statistics of the grid; with an encoder also the cosine of responses."""
+        return Audit("fidelity", partial(self._audit, sentence_encoder))
 
-    def _audit(self, context: Context) -> tuple[Table, dict[str, Any]]:
+    def _audit(self, sentence_encoder: str | None, context: Context) -> tuple[Table, dict[str, Any]]:
         held_out, most = self.task.windows.validation, self.policies.system.own_prompts
         references = references_of(self.task, most)
-        teacher = self.says(self.task.teacher.to(self.task.run.fabric.device).eval(), held_out, most)
+        trusted = self.task.system.trust_remote_code
+        embed = TextEncoder(sentence_encoder, trust_remote_code=trusted) if sentence_encoder else None
+        teacher = self.says(self.task.teacher.to(self.task.run.fabric.device).eval(), held_out, most, embed)
         found: list[Scored] = []
         for cell, artifact in self.made.items():
             model = self.task.load(artifact)
-            said = self.says(model, held_out, most)
+            said = self.says(model, held_out, most, embed)
             right = corrects(said, references) if references is not None else []
             figures = vars(fidelity(said, teacher, references))
             found.append(Scored(cell, parameter_count(model), figures, parted(right, self.groups)))
@@ -309,6 +320,7 @@ COLUMNS = [
     Column("gain", "gain", "+.1%", "higher", "accuracy above that of the same student on the text alone"),
     Column("agreement", "agreement", ".1%", "higher", "prompts to which it gives the teacher's answer"),
     Column("bleu", "BLEU to teacher", ".3f", "higher", "of all it says, against what the teacher says"),
+    Column("cosine", "cosine to teacher", ".3f", "higher", "of sentence vectors of the responses, mean over prompts"),
     Column("identical", "same response", ".1%", "higher", "responses that are the teacher's, token by token"),
     Column("correlation", "fidelity and right", ".2f", None, "Spearman's rho of BLEU and being right, over prompts"),
 ]
@@ -317,9 +329,9 @@ COLUMNS = [
 def grid_table(found: Sequence[Scored], sizes: Sequence[str]) -> tuple[Table, dict[str, float]]:
     """The table of a grid, its statistics in the notes, and both as named figures.
 
-    Statistics: Spearman's rho of size and gain, of fidelity and accuracy and of agreement and accuracy over students;
-    a paired t-test of distilled against undistilled students, and a one-way analysis of variance over the ways of
-    distilling, both over sizes and groups of prompts.
+    Statistics: Spearman's rho of size and gain, of fidelity and accuracy, of agreement and accuracy and, where there
+    are cosines, of BLEU and cosine, over students; a paired t-test of distilled against undistilled students, and a
+    one-way analysis of variance over the ways of distilling, both over sizes and groups of prompts.
     """
     alone = {one.cell.size: one for one in found if one.cell.way == "sft" and not one.cell.mark}
     results: dict[str, float] = {}
@@ -341,9 +353,11 @@ def grid_table(found: Sequence[Scored], sizes: Sequence[str]) -> tuple[Table, di
             results[f"rho/{label}"] = rho
             notes.append(f"{words}: Spearman's rho {rho:+.2f} over {len(chosen)} students.")
 
+    embedded = [(one, row) for one, row in zip(found, rows, strict=True) if not one.cell.mark and "cosine" in row]
     related("size and gain", "Size and gain", gained, "parameters", "gain")
     related("fidelity and accuracy", "BLEU to the teacher and accuracy", plain, "bleu", "accuracy")
     related("agreement and accuracy", "Agreement and accuracy", plain, "agreement", "accuracy")
+    related("BLEU and cosine", "BLEU and cosine to the teacher", embedded, "bleu", "cosine")
     pairs = [(value, other) for one, _ in gained for value, other in zip(one.groups, alone[one.cell.size].groups)]  # noqa: B905
     if len(pairs) > 1:
         test = paired_t_test(*zip(*pairs, strict=True))

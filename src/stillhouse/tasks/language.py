@@ -8,7 +8,7 @@ small teacher is trained on it once and kept in the cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -165,14 +165,7 @@ class TaughtText:
         else:
             teacher, tokenizer = load_causal_lm(system.teacher, trust_remote_code=system.trust_remote_code)
         # What is held out does not depend on the seed: the embedded teacher has seen none of it, whatever the seed.
-        windows = tokenize_windows(
-            data,
-            tokenizer,
-            window=system.window,
-            validation=system.validation,
-            selection=system.selection,
-            packing=system.packing,
-        )
+        windows = windows_of(system, data, tokenizer)
         if system.packing and teacher is not None:
             check_packing(teacher)
         return TaughtText(system, run, teacher, tokenizer, data, windows)
@@ -221,6 +214,12 @@ class LanguageTask:
     def begin_as(self, artifact: Artifact) -> None:
         """From now on new students begin as the model that a stage left."""
         self.new_student = lambda: load_student(str(artifact.path), self.system)[0]
+
+    def beginning_as(self, artifact: Artifact) -> LanguageTask:
+        """This task with students that begin as the model that a stage left."""
+        task = replace(self)
+        task.begin_as(artifact)
+        return task
 
     def steps_of(self, epochs: float) -> int:
         """Optimizer steps in so many passes over the training text."""
@@ -424,6 +423,18 @@ def student_builder(
         return partial(new_causal_lm, config, seed=system.seed), check_same_tokenizer(tokenizer, tokenizer)
     _, own = load_student(spec, system)
     return (lambda: load_student(spec, system)[0]), check_same_tokenizer(tokenizer, own)
+
+
+def windows_of(system: LanguageSystem, data: TextData, tokenizer: Any) -> Windows:
+    """A text in windows, some of them held out, as the system's fields say; see `tokenize_windows`."""
+    return tokenize_windows(
+        data,
+        tokenizer,
+        window=system.window,
+        validation=system.validation,
+        selection=system.selection,
+        packing=system.packing,
+    )
 
 
 def is_spec(student: str) -> bool:

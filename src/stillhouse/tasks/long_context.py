@@ -9,13 +9,11 @@ tagged in its context: ``{"question": ..., "context": ..., "answers": [...]}``.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -31,6 +29,7 @@ from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Context, Evaluate, Stage, Transform
 from stillhouse.core.train import Train
+from stillhouse.data.json_lines import json_lines
 from stillhouse.data.masking import IGNORED, Masked
 from stillhouse.data.rows import TensorRows
 from stillhouse.data.sources import Batches
@@ -204,21 +203,18 @@ def read_tagged(file: str) -> list[Document]:
     Raises:
         DataError: naming the line that is wrong.
     """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise DataError(f"{file}: no such file; give a .jsonl file with a document a line")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    found, like = [], '{"tokens": [...], "tags": [...]}'
+    for place, record in json_lines(file, like=like):
         try:
-            record = json.loads(line)
             words, tags = list(map(str, record["tokens"])), list(map(str, record["tags"]))
+            head = int(record.get("head", 1))
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{file} line {number}: must be {{"tokens": [...], "tags": [...]}}') from error
+            raise DataError(f"{place}: must be {like}") from error
         strange = next((tag for tag in tags if tag != "O" and tag[:2] not in ("B-", "I-")), None)
         if len(words) != len(tags) or not words or strange:
             problem = f"{strange!r} is no BIO tag" if strange else f"{len(words)} tokens, {len(tags)} tags"
-            raise DataError(f"{file} line {number}: {problem}; give every token O, B-TYPE or I-TYPE")
-        found.append(Document(words, tags, int(record.get("head", 1))))
+            raise DataError(f"{place}: {problem}; give every token O, B-TYPE or I-TYPE")
+        found.append(Document(words, tags, head))
     if len(found) < 8:
         raise DataError(f"{file}: {len(found)} documents; at least 8 are needed to learn from and to test on")
     return found
@@ -232,24 +228,18 @@ def read_questions(file: str) -> list[Document]:
     Raises:
         DataError: naming the line that is wrong.
     """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise DataError(f"{file}: no such file; give a .jsonl file with a question a line")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    found, like = [], '{"question": ..., "context": ..., "answers": [...]}'
+    for place, record in json_lines(file, like=like):
         try:
-            record = json.loads(line)
             head, body = str(record["question"]).split(), str(record["context"]).split()
             given = record["answers"]
             answers = (given,) if isinstance(given, str) else tuple(map(str, given))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{file} line {number}: must be {{"question": ..., "context": ..., "answers": [...]}}'
-            ) from error
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{place}: must be {like}") from error
         span = next((one for one in (_stands(answer, body) for answer in answers) if one), None)
         if not head or span is None:
             problem = f"no answer of {list(answers)} stands in the context" if head else "the question has no words"
-            raise DataError(f"{file} line {number}: {problem}; correct it or leave it out")
+            raise DataError(f"{place}: {problem}; correct it or leave it out")
         tags = ["O"] * len(body)
         tags[span[0] : span[1]] = ["B-ANS", *["I-ANS"] * (span[1] - span[0] - 1)]
         found.append(Document([*head, *body], [*["O"] * len(head), *tags], len(head), answers))

@@ -28,8 +28,8 @@ from stillhouse.core.schedule import cosine
 from stillhouse.core.stage import Context, Evaluate, Stage
 from stillhouse.core.train import Train
 from stillhouse.data.crops import mix_images, random_erasing, random_resized_crop
-from stillhouse.data.images import Augmented, Change, Images, digits, in_turn, random_flip, subset
-from stillhouse.data.sources import Batches
+from stillhouse.data.images import Images, digits, in_turn, random_flip, subset
+from stillhouse.data.sources import Augmented, Batches, Change
 from stillhouse.metrics.probe import linear_probe
 from stillhouse.models import masked
 from stillhouse.models.image_classifier import image_processor, pixels_of, plain_processor

@@ -6,7 +6,7 @@ from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
 from stillhouse.core.train import Train
 from stillhouse.data.crops import mix_images
-from stillhouse.data.images import Augmented
+from stillhouse.data.sources import Augmented
 from stillhouse.objectives.logits import CrossEntropy
 from stillhouse.objectives.soft_labels import SoftCrossEntropy
 from stillhouse.tasks.vision import VisionTask

@@ -9,7 +9,7 @@ Shapes: C tokens of one chunk, N response tokens of a batch, D hidden width.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -32,11 +32,11 @@ from stillhouse.data.responses import Coder, Row, pack_rows, response_tokens
 from stillhouse.data.sources import Batches
 from stillhouse.data.verifiers import judged
 from stillhouse.losses.divergences import ReverseKL
-from stillhouse.losses.preference import dpo_loss, sums_by_row
+from stillhouse.losses.preference import sums_by_row
 from stillhouse.losses.token_logprobs import in_chunks
 from stillhouse.models.causal_lm import load_causal_lm, parameter_count
 from stillhouse.objectives.language import head_of
-from stillhouse.objectives.responses import PairLoss, opened, response_logprobs
+from stillhouse.objectives.responses import opened, preferring, response_logprobs
 from stillhouse.rl.policies import PolicySource, Share
 from stillhouse.rl.sampling import Response, resting
 from stillhouse.tasks.reasoning import DEMO, Corpus, ReasoningSystem, ReasoningTask
@@ -114,7 +114,7 @@ class PreferenceTask(ReasoningTask):
         """Build the task; where pairs are sampled, this yields the stage in which the policy writes them."""
         if system.pairs == "sampled":
             task = PreferenceTask(**vars((yield from ReasoningTask.prepare(system, run, corpus))))
-            task.score = partial(_score, task)
+            task.score = partial(response_score, task)
             found = yield from task._sampled(system)
         else:
             if DEMO in (system.model, system.data):
@@ -124,7 +124,7 @@ class PreferenceTask(ReasoningTask):
             )[: system.problems]
             _, tokenizer = load_causal_lm(system.model, trust_remote_code=system.trust_remote_code)
             coder = Coder(tokenizer, chat=system.chat)
-            task = PreferenceTask(system, run, coder, system.model, [], [], _unknown)
+            task = PreferenceTask(system, run, coder, system.model, [], [], unknown_score)
         task._split(system, found)
         return task
 
@@ -132,18 +132,11 @@ class PreferenceTask(ReasoningTask):
         import pyarrow.parquet as pq
 
         def write(left: Mapping[str, Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
-            sampler = self.sampler(self.load(self.base))
-            for start in range(0, len(self.train_problems), TOGETHER):  # the same groups after a kill
-                group = self.train_problems[start : start + TOGETHER]
-                if not any(str(start + place) in left for place in range(len(group))):
-                    continue
-                prompts = [problem["prompt"] for problem in group]
-                written = sampler.sample(prompts, n=2, seed=system.seed * 1_000_003 + start)
-                for place, (problem, said) in enumerate(zip(group, written, strict=True)):
-                    if (key := str(start + place)) in left:
-                        scores = [_score(self, one.text, problem) for one in said]
-                        cut = [not one.finished for one in said]
-                        yield key, {"texts": [one.text for one in said], "scores": scores, "cut": cut}
+            asked = [problem["prompt"] for problem in self.train_problems]
+            for key, said in self.answers_of(self.base, asked, left, n=2, seed=system.seed * 1_000_003):
+                scores = [response_score(self, one.text, left[key]) for one in said]
+                cut = [not one.finished for one in said]
+                yield key, {"texts": [one.text for one in said], "scores": scores, "cut": cut}
 
         requests = {str(number): problem for number, problem in enumerate(self.train_problems)}
         made = yield Generate("pairs", requests, write, together=True)
@@ -157,6 +150,19 @@ class PreferenceTask(ReasoningTask):
                 "other problems, or pairs of your own"
             )
         return pairs
+
+    def answers_of(
+        self, where: str | Artifact, prompts: Sequence[str], left: Collection[str], *, n: int, seed: int
+    ) -> Iterator[tuple[str, list[Response]]]:
+        """``n`` responses of a model to each prompt whose number is ``left``, by that number."""
+        sampler = self.sampler(self.load(where))
+        for start in range(0, len(prompts), TOGETHER):  # the same groups after a kill
+            group = prompts[start : start + TOGETHER]
+            keys = [str(start + place) for place in range(len(group))]
+            if not any(key in left for key in keys):
+                continue
+            written = sampler.sample(group, n=n, seed=seed + start)
+            yield from ((key, said) for key, said in zip(keys, written, strict=True) if key in left)
 
     def _split(self, system: PreferenceSystem, pairs: list[Preference]) -> None:
         """A share of the pairs is kept back; which one depends on the prompt alone."""
@@ -181,18 +187,9 @@ class PreferenceTask(ReasoningTask):
     def dpo(self, name: str, system: PreferenceSystem, *, beta: float, swapped: bool = False) -> Train:
         """DPO on the pairs, or on the pairs turned round, from the base model, which is the reference too."""
         student, reference = self.policy(name), self.frozen("reference", self.base)
-
-        def collate(pairs: list[tuple[Row, Row]]) -> dict[str, Tensor]:
-            return self.coder.batch([better for better, _ in pairs] + [worse for _, worse in pairs])
-
         rows = [self._rows(pair, swapped=swapped) for pair in self.training]
-        source = Batches(rows, system.batch_size, seed=system.seed, collate=collate)
-        objective = PairLoss(
-            head_of(student),
-            lambda p: dpo_loss(p.logp_w, p.logp_l, p.ref_w, p.ref_l, beta=beta),  # type: ignore[arg-type]
-            reference=head_of(reference),
-            name="dpo",
-        )
+        source = Batches(rows, system.batch_size, seed=system.seed, collate=self.coder.pairs)
+        objective = preferring(head_of(student), head_of(reference), beta=beta, name="dpo")
         steps = system.dpo_steps or max(1, len(source))
         return self.align(name, system, student, objective, source=source, steps=steps, lr=system.dpo_lr)
 
@@ -234,9 +231,9 @@ class PreferenceTask(ReasoningTask):
         share = Share(1.0 if own else 0.0)
         return PolicySource(batches, writer, share, pad=self.coder.pad, prompt=1, steps=steps, seed=system.seed)
 
-    def policy(self, name: str) -> Observed:
-        """The base model, to train."""
-        return Observed(self.load(self.base), name=name, options={"use_cache": False})
+    def policy(self, name: str, where: str | Artifact | None = None) -> Observed:
+        """A model to train, by default the base model."""
+        return Observed(self.load(where or self.base), name=name, options={"use_cache": False})
 
     def frozen(self, name: str, where: str | Artifact) -> Observed:
         return Observed(self.load(where), frozen=True, name=name, options={"use_cache": False})
@@ -351,11 +348,11 @@ COLUMNS = [
 ]
 
 
-def _score(task: ReasoningTask, text: str, problem: Problem) -> float:
+def response_score(task: ReasoningTask, text: str, problem: Problem) -> float:
     if isinstance(task.puzzle, ArithmeticChain) and task.verifier is task.puzzle:
         return chain_score(task.puzzle, text, problem)
     return judged(task.verifier, text, problem).reward
 
 
-def _unknown(text: str, record: Mapping[str, Any]) -> float:
+def unknown_score(text: str, record: Mapping[str, Any]) -> float:
     raise ConfigError("pairs=given: nothing says how right a response is")

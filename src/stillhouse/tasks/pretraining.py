@@ -9,9 +9,9 @@ from functools import partial
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
-from torch import Tensor, nn
+from torch import nn
 
-from stillhouse.base.errors import ConfigError, RunError
+from stillhouse.base.errors import ConfigError, Diverged
 from stillhouse.base.table import Column, Table
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
@@ -25,14 +25,13 @@ from stillhouse.data.mixing import Mixed, all_tokens
 from stillhouse.data.responses import Coder
 from stillhouse.data.sources import Batches
 from stillhouse.data.windows import Windows, WindowSplit, tokenize_windows
-from stillhouse.losses.preference import dpo_loss
 from stillhouse.metrics.language import compare_causal_lms
 from stillhouse.metrics.scaling_law import batch_size_law, fit_scaling_law
 from stillhouse.models.causal_lm import load_causal_lm, parameter_count, student_from_spec
 from stillhouse.models.mup import mup_adamw, mup_config, new_mup_lm, router_paths, upcycled
 from stillhouse.objectives.language import TokenCrossEntropy, head_of
 from stillhouse.objectives.lr_schedules import Course, Form, Segment, decay_form, plan
-from stillhouse.objectives.responses import PairLoss, Pairs
+from stillhouse.objectives.responses import preferring
 from stillhouse.objectives.routing import LoadBalance
 from stillhouse.tasks.context_extension import extended, long_rows
 from stillhouse.tasks.landscape import Valley
@@ -97,9 +96,7 @@ class Trial(Stage):
     def execute(self, context: Context) -> str:
         try:
             return self.stage.execute(context)
-        except RunError as error:
-            if " became " not in str(error):  # what the loop says of a value or a weight that is no number
-                raise
+        except Diverged as error:
             context.run.say(f"{self.name}: diverged")
             return context.save({"diverged": str(error)}) if context.run.main else "none"
 
@@ -262,19 +259,12 @@ class Pretraining:
         if not fitting:
             raise ConfigError(f"preferences={source}: none of {len(rows)} pairs fits into window={system.window}")
 
-        def collate(pairs: Sequence[Any]) -> dict[str, Tensor]:
-            return coder.batch([*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)])
-
         frozen = Observed(load_causal_lm(begin)[0], frozen=True, name="reference", options={"use_cache": False})
 
-        def loss(p: Pairs) -> Tensor:
-            assert p.ref_w is not None and p.ref_l is not None
-            return dpo_loss(p.logp_w, p.logp_l, p.ref_w, p.ref_l, beta=beta)
-
-        batches = Batches(fitting, max(1, system.batch_size // 2), seed=system.seed, collate=collate)
+        batches = Batches(fitting, max(1, system.batch_size // 2), seed=system.seed, collate=coder.pairs)
         steps = max(1, round(epochs * len(batches)))
         stage = task.train(
-            name, lambda student: PairLoss(head_of(student), loss, reference=head_of(frozen), name="DPO"), steps=steps
+            name, lambda student: preferring(head_of(student), head_of(frozen), beta=beta, name="DPO"), steps=steps
         )
         _player(stage).optimizer = self.optimizer(lr)(_player(stage).trained[0].module)
         _player(stage).lr = cosine(1.0, 0.0)

@@ -23,7 +23,7 @@ from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
 from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
-from stillhouse.core.schedule import Schedule, cosine, linear
+from stillhouse.core.schedule import Schedule, linear
 from stillhouse.core.stage import Context, Evaluate, Stage
 from stillhouse.core.system import System
 from stillhouse.core.train import Train
@@ -43,9 +43,10 @@ from stillhouse.metrics.reasoning import pass_at_k
 from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm, parameter_count
 from stillhouse.models.loading import load_tokenizer, local_folder
 from stillhouse.models.tokenizers import train_bpe
-from stillhouse.objectives.language import TokenCrossEntropy, head_of
+from stillhouse.objectives.language import head_of
 from stillhouse.objectives.responses import response_logprobs
 from stillhouse.rl.sampling import LiveSampler, Response, resting
+from stillhouse.tasks.embedded_lm import next_token_training, save_pretrained, small_llama
 
 DEMO = "demo"
 HELD_OUT = 200  # problems of the embedded task; the same for every seed
@@ -120,6 +121,44 @@ class Corpus:
         if kind < self.short + self.hinted:
             return filled(self.hint, prompt=problem["prompt"], solution=problem["trace"]), problem["trace"]
         return problem["prompt"], problem["flawed" if rng.random() < self.flawed else "trace"]
+
+    def examples(self, puzzle: Puzzle, rng: random.Random, without: set[str]) -> list[tuple[str, str]]:
+        """A batch of them."""
+        return [self.example(puzzle, rng, without) for _ in range(self.batch_size)]
+
+    def spoken(self) -> Corpus:
+        """The corpus whose examples the tokenizer is made from: a model that shares another's takes that one's."""
+        return self
+
+    def training(
+        self,
+        name: str,
+        make: Callable[[], Any],
+        puzzle: Puzzle,
+        coder: Coder,
+        *,
+        without: set[str],
+        cache: Mapping[str, Any],
+    ) -> Train:
+        """The cached stage in which the model of ``make`` learns from examples, drawn anew for every batch."""
+
+        def draw(generator: torch.Generator) -> dict[str, torch.Tensor]:
+            rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+            return coder.batch([coder.row(*one) for one in self.examples(puzzle, rng, without)])
+
+        return next_token_training(
+            name,
+            make,
+            Drawn(draw, seed=self.seed),
+            coder.tokenizer,
+            lr=self.lr,
+            steps=self.steps,
+            betas=(0.9, 0.99),
+            weight_decay=0.1,
+            warmup=0.05,
+            floor=0.1,
+            cache={**asdict(self), "puzzle": repr(puzzle), **cache},
+        )
 
 
 def _easier(puzzle: Puzzle) -> Puzzle:
@@ -232,7 +271,7 @@ class ReasoningTask:
             ema=options.pop("ema", None),
         )
         evaluate = partial(self._curve, student.module)
-        save = partial(save_with_tokenizer, tokenizer=self.coder.tokenizer)
+        save = partial(save_pretrained, tokenizer=self.coder.tokenizer)
         return Train(name, player, source=source, steps=steps, evaluate=evaluate, save=save, **options)
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
@@ -326,59 +365,18 @@ def coder_of(name: str, system: ReasoningSystem) -> Coder:
     return Coder(tokenizer, chat=system.chat)
 
 
-def save_with_tokenizer(model: Any, folder: Any, *, tokenizer: Any) -> None:
-    """Write a model, and its tokenizer beside it."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def pretrain(name: str, puzzle: Puzzle, held_out: Sequence[Problem], corpus: Corpus) -> Train:
     """The cached stage that makes an embedded model from nothing."""
-    from transformers import LlamaConfig
-
     rng = random.Random(0)
     without = {problem["prompt"] for problem in held_out}
+    spoken = corpus.spoken()
     tokenizer = train_bpe(
-        (text for _ in range(500) for text in corpus.example(puzzle, rng, without)), vocab_size=320, min_frequency=20
+        (text for _ in range(500) for text in spoken.example(puzzle, rng, without)), vocab_size=320, min_frequency=20
     )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=corpus.hidden_size,
-        intermediate_size=2 * corpus.hidden_size,
-        num_hidden_layers=corpus.layers,
-        num_attention_heads=corpus.heads,
-        num_key_value_heads=corpus.heads,
-        max_position_embeddings=512,
-        initializer_range=corpus.hidden_size**-0.5,  # from the usual 0.02 so narrow a model learns nothing for long
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
+    config = small_llama(
+        tokenizer, width=corpus.hidden_size, layers=corpus.layers, heads=corpus.heads, positions=512, tied=True
     )
-    coder = Coder(tokenizer)
-
-    def draw(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        return coder.batch([coder.row(*corpus.example(puzzle, rng, without)) for _ in range(corpus.batch_size)])
-
-    def player() -> Player:
-        model = Observed(new_causal_lm(config, seed=corpus.seed), name=name, options={"use_cache": False})
-        objective = TokenCrossEntropy(head_of(model))
-        optimizer = adamw(corpus.lr, betas=(0.9, 0.99), weight_decay=0.1)
-        return Player(name, model, objective, optimizer=optimizer, lr=cosine(1.0, 0.1, warmup=0.05), clip=1.0)
-
-    cache = {
-        **asdict(corpus),
-        "puzzle": repr(puzzle),
-        "held_out": sorted(without),
-        "config": {**config.to_dict(), "transformers_version": None},
-    }
-    source = Drawn(draw, seed=corpus.seed)
-    return Train(
-        name,
-        player,
-        source=source,
-        steps=corpus.steps,
-        save=partial(save_with_tokenizer, tokenizer=tokenizer),
-        cache=cache,
-    )
+    config.initializer_range = corpus.hidden_size**-0.5  # from the usual 0.02 so narrow a model learns nothing for long
+    cache = {"held_out": sorted(without), "config": {**config.to_dict(), "transformers_version": None}}
+    make = partial(new_causal_lm, config, seed=corpus.seed)
+    return corpus.training(name, make, puzzle, Coder(tokenizer), without=without, cache=cache)

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
@@ -26,25 +25,25 @@ from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Observed
 from stillhouse.core.player import Player, adamw
 from stillhouse.core.run import Run
-from stillhouse.core.schedule import cosine, linear
+from stillhouse.core.schedule import linear
 from stillhouse.core.stage import Context, Evaluate, Stage, Transform
 from stillhouse.core.train import Train
 from stillhouse.data.reasoning import ArithmeticChain, Problem, Puzzle, draw_problems
 from stillhouse.data.responses import Coder, response_tokens
-from stillhouse.data.sources import Drawn
 from stillhouse.data.verifiers import Verifier
 from stillhouse.metrics.stability import HORIZON, Stability, by_round
 from stillhouse.models.critic import Critic
 from stillhouse.models.merging import balanced, merge_directories
-from stillhouse.objectives.language import TokenCrossEntropy, head_of
+from stillhouse.objectives.language import head_of
 from stillhouse.objectives.ppo import ClippedPolicy, ValueMatch
 from stillhouse.objectives.responses import response_logprobs
 from stillhouse.rl.ppo import TokenAdvantages, as_noted
 from stillhouse.rl.rewards import Added, RewardModel, ShapedReward, Unclosed
 from stillhouse.rl.rollouts import RolloutSource
 from stillhouse.rl.sampling import resting
+from stillhouse.tasks.embedded_lm import save_pretrained
 from stillhouse.tasks.pictures import curves_picture
-from stillhouse.tasks.reasoning import DEMO, Corpus, ReasoningSystem, ReasoningTask, save_with_tokenizer
+from stillhouse.tasks.reasoning import DEMO, Corpus, ReasoningSystem, ReasoningTask
 
 Style = Literal["ancestor", "instruct", "reasoning"]
 CLOSING, VERIFY = "!", "~"  # marks of the embedded task
@@ -185,28 +184,9 @@ class Family:
         if puzzle is None:
             raise ConfigError("demo models know the problems of data=demo only; for your own data pass your models")
         without = {problem["prompt"] for problem in task.held_out}
-
-        def draw(generator: torch.Generator) -> dict[str, Tensor]:
-            rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-            examples = [corpus.example(puzzle, rng, without) for _ in range(corpus.batch_size)]
-            return task.coder.batch(task.rows(examples))
-
-        model = Observed(task.load(task.base), name=corpus.style, options={"use_cache": False})
-        return Train(
-            corpus.style,
-            Player(
-                corpus.style,
-                model,
-                TokenCrossEntropy(head_of(model)),
-                optimizer=adamw(corpus.lr, betas=(0.9, 0.99), weight_decay=0.1),
-                lr=cosine(1.0, 0.1, warmup=0.05),
-                clip=1.0,
-            ),
-            source=Drawn(draw, seed=corpus.seed),
-            steps=corpus.steps,
-            save=partial(save_with_tokenizer, tokenizer=task.coder.tokenizer),
-            cache={**asdict(corpus), "ancestor": asdict(ancestor), "puzzle": repr(puzzle), "without": sorted(without)},
-        )
+        cache = {"ancestor": asdict(ancestor), "without": sorted(without)}
+        make = partial(task.load, task.base)
+        return corpus.training(corpus.style, make, puzzle, task.coder, without=without, cache=cache)
 
     def set_aside(self) -> list[Problem]:
         """Held-out problems that choices are made by; from here on they are not reported on.
@@ -317,7 +297,7 @@ class Family:
             eval_every=steps,
             log_every=1,
             shares_every=0,
-            save=partial(save_with_tokenizer, tokenizer=task.coder.tokenizer),
+            save=partial(save_pretrained, tokenizer=task.coder.tokenizer),
         )
 
     def _values(self, critic: nn.Module) -> Callable[[dict[str, Any]], Tensor]:

@@ -26,7 +26,7 @@ from stillhouse.data.text import TextData
 from stillhouse.data.windows import Counts, Windows, WindowSplit
 from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm
 from stillhouse.tasks.canaries import chain
-from stillhouse.tasks.embedded_lm import reader, small_llama
+from stillhouse.tasks.embedded_lm import SmallReader
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
 
 if TYPE_CHECKING:
@@ -55,18 +55,7 @@ class Secrets:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class SecretModel:
-    """A model of the language, and how it learns to read."""
-
-    width: int
-    layers: int
-    epochs: float = 10.0
-    lr: float = 3e-3
-    batch_size: int = 50
-
-
-TEACHER, STUDENT = SecretModel(96, 2), SecretModel(48, 2)
+TEACHER, STUDENT = SmallReader(96, 2, 10.0), SmallReader(48, 2, 10.0)
 
 
 @dataclass(frozen=True)
@@ -164,32 +153,18 @@ def secret_task(system: LanguageSystem, run: Run, *, reference: bool) -> Generat
         fingerprint=content,
         counts=Counts(text.train.numel(), predicted, sum(map(len, tokenizer.batch_decode(text.validation[:, 1:])))),
     )
-    taught = yield _reader("teacher", TEACHER, text.train, tokenizer, recipe)
+
+    def read(name: str, rows: Tensor) -> Train:
+        cache = {"task": "secrets", **asdict(recipe)}
+        return TEACHER.reads(name, WindowSplit({"input_ids": rows}), tokenizer, seed=recipe.seed, cache=cache)
+
+    taught = yield read("teacher", text.train)
     teacher, _ = load_causal_lm(str(taught.path))
     outside = None
     if reference:
-        read = yield _reader("reference", TEACHER, text.public, tokenizer, recipe)
-        outside, _ = load_causal_lm(str(read.path))
+        public = yield read("reference", text.public)
+        outside, _ = load_causal_lm(str(public.path))
     data = TextData(datasets.Dataset.from_dict({"text": texts}), "text", "secrets", content)
-    new_student = partial(new_causal_lm, _config(STUDENT, tokenizer), seed=system.seed)
+    new_student = partial(new_causal_lm, STUDENT.config(tokenizer), seed=system.seed)
     task = LanguageTask(system, run, teacher, tokenizer, data, windows, len(tokenizer), new_student)
     return SecretTask(task, text.canaries, outside)
-
-
-def _config(size: SecretModel, tokenizer: Any) -> Any:
-    return small_llama(tokenizer, width=size.width, layers=size.layers, positions=64)
-
-
-def _reader(name: str, size: SecretModel, rows: Tensor, tokenizer: Any, recipe: Secrets) -> Train:
-    return reader(
-        name,
-        _config(size, tokenizer),
-        WindowSplit({"input_ids": rows}),
-        tokenizer,
-        batch_size=size.batch_size,
-        epochs=size.epochs,
-        lr=size.lr,
-        floor=0.1,
-        seed=recipe.seed,
-        cache={"task": "secrets", **asdict(recipe), **asdict(size)},
-    )

@@ -6,7 +6,7 @@ Segments in a row are the same as one run, bit for bit on a CPU; segments with o
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from stillhouse.core.player import OptimizerFactory
 from stillhouse.core.stage import Stage
 from stillhouse.core.train import Train
 from stillhouse.losses.divergences import ForwardKL
-from stillhouse.models.causal_lm import load_causal_lm
 from stillhouse.objectives.language import TokenMatch, head_of
-from stillhouse.objectives.lr_schedules import Segment
+from stillhouse.objectives.lr_schedules import Segment, low_branch
 from stillhouse.tasks.language import LanguageTask
 
 MOMENTS = "optimizer/moments.safetensors"
@@ -87,8 +86,7 @@ def segment_stage(
         source: a source in place of the task's, which is moved on to where the segment begins.
     """
     if start is not None:
-        begin = str(start.path)
-        task = replace(task, new_student=lambda: load_causal_lm(begin, dtype=torch.float32)[0])
+        task = task.beginning_as(start)
     stage = task.train(name, objective, steps=segment.end - segment.begin)
     player = stage.players
     assert not callable(player) and not isinstance(player, Sequence) and stage.save is not None
@@ -129,6 +127,28 @@ def train_segments(
         name = (names or {}).get(segment.name, prefix + segment.name)
         left[segment.name] = yield segment_stage(task, segment, start, name=name, **options)
     return left
+
+
+def train_low(
+    task: LanguageTask,
+    segments: Sequence[Segment],
+    left: Mapping[str, Artifact],
+    rate: float,
+    *,
+    prefix: str,
+    **options: Any,
+) -> Generator[Stage, Artifact, dict[str, Artifact]]:
+    """Yield the stage of `low_branch`, if the plan has one; gives what it left, by the name to show.
+
+    Args:
+        left: what `train_segments` gave.
+        prefix, options: as for `train_segments`.
+    """
+    low = low_branch(segments, rate)
+    if low is None or low.start is None:
+        return {}
+    stage = segment_stage(task, low, left[low.start], name=prefix + low.name, **options)
+    return {f"{prefix[:-1]} low rate": (yield stage)}
 
 
 def text_and_teacher(task: LanguageTask, share: float, student: Observed, teacher: Observed | None = None) -> Objective:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, Literal
 
-import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from stillhouse.core.train import Train
 from stillhouse.data.docstrings import load_quality
 from stillhouse.data.sources import Batches
 from stillhouse.data.text import TextData
-from stillhouse.data.windows import Windows, tokenize_windows
+from stillhouse.data.windows import Windows
 from stillhouse.metrics.capacity_law import best_teacher, fit_law
 from stillhouse.metrics.language import compare_causal_lms
 from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm, parameter_count, student_from_spec
@@ -36,16 +35,18 @@ from stillhouse.models.tokenizer_transfer import transplant
 from stillhouse.models.tokenizers import check_same_tokenizer, real_vocab_size
 from stillhouse.models.vocab_extension import extended_from
 from stillhouse.objectives.language import TokenCrossEntropy, head_of
-from stillhouse.tasks.language import LanguageSystem, LanguageTask, save_pretrained, student_builder
+from stillhouse.tasks.language import (
+    LanguageSystem,
+    LanguageTask,
+    is_spec,
+    save_pretrained,
+    student_builder,
+    windows_of,
+)
 from stillhouse.tasks.pictures import curves_picture, matrix_picture
 from stillhouse.tasks.segments import text_and_teacher
 
 Init = Literal["pruned", "random"]
-
-
-def is_shape(entry: str) -> bool:
-    """Whether an entry describes a model to be made rather than one to be loaded."""
-    return "=" in entry or entry.startswith("scale:")
 
 
 @dataclass(kw_only=True)
@@ -100,14 +101,7 @@ def adapted(task: LanguageTask, system: SweepSystem) -> Generator[Stage, Artifac
         return task, None
     tokenizer, parts = extended_from(task.tokenizer, system.vocabulary)
     growth = Growth(task.tokenizer, tokenizer, parts, system.adapt_lr, system.adapt_epochs)
-    windows = tokenize_windows(
-        task.data,
-        tokenizer,
-        window=system.window,
-        validation=system.validation,
-        selection=system.selection,
-        packing=system.packing,
-    )
+    windows = windows_of(system, task.data, tokenizer)
     larger = replace(task, tokenizer=tokenizer, windows=windows, vocab_size=real_vocab_size(tokenizer))
     teacher = larger.load((yield growth.stage(larger, "adapt", task.teacher)))
     new_student, vocab_size = student_builder(system, teacher, tokenizer)
@@ -138,14 +132,7 @@ def chatted(
     data = conversations(system)
     if data is None:
         return {}, {}
-    windows = tokenize_windows(
-        data,
-        task.tokenizer,
-        window=system.window,
-        validation=system.validation,
-        selection=system.selection,
-        packing=system.packing,
-    )
+    windows = windows_of(system, data, task.tokenizer)
     tuned = yield chat_stage(task, student, windows, system)
     loss = Column("chat_loss", "conversations", ".4f", "lower", "loss on held-out answers, nats per token")
     return {"chat": tuned}, {"more": partial(_chat_loss, task, windows), "columns": [loss]}
@@ -153,9 +140,8 @@ def chatted(
 
 def chat_stage(task: LanguageTask, student: Artifact, windows: Windows, system: SweepSystem) -> Train:
     """Supervised fine-tuning of a student: only answers are predicted."""
-    path = str(student.path)
     batches = Batches(windows.train, system.batch_size, seed=system.seed, gather=True)
-    begin = replace(task, new_student=lambda: load_causal_lm(path, dtype=torch.float32)[0])
+    begin = task.beginning_as(student)
     steps = max(1, round(system.chat_epochs * len(batches) / system.accumulate))
     stage = begin.train("chat", task.cross_entropy, steps=steps)
     player = _player(stage)
@@ -253,7 +239,7 @@ class Sweep:
         """Load the teachers; those that are shapes are trained first, and kept for other runs of this seed."""
         task, found = self.task, []
         for number, entry in enumerate(self.teachers, 1):
-            if is_shape(entry):
+            if is_spec(entry):
                 config = student_from_spec(entry, task.teacher.config)
                 new = partial(new_causal_lm, config, seed=task.system.seed)
                 stage = replace(task, new_student=new).train(
@@ -289,7 +275,7 @@ class Sweep:
         size: int | str = entry
         if entry.startswith("scale:"):
             size = round(float(entry.removeprefix("scale:")) * parameter_count(self.task.teacher))
-        elif not is_shape(entry):
+        elif not is_spec(entry):
             size = round(parse_size(entry))
         if isinstance(size, int) and size >= teacher.size:
             return None
@@ -324,8 +310,7 @@ class Sweep:
 
     def distil(self, name: str, teacher: SweepTeacher, begin: Artifact) -> Stage:
         """0.5 cross-entropy + 0.5 soft cross-entropy to the teacher it came from, over all tokens."""
-        path = str(begin.path)
-        task = replace(self.task, new_student=lambda: load_causal_lm(path, dtype=torch.float32)[0])
+        task = self.task.beginning_as(begin)
         frozen = Observed(teacher.model, frozen=True, name=teacher.name, options={"use_cache": False})
         return task.train(name, lambda student: text_and_teacher(task, self.alpha, student, frozen))
 

@@ -22,12 +22,12 @@ from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Batch, Observed
 from stillhouse.core.stage import Audit, Context, Stage
 from stillhouse.core.train import Train
-from stillhouse.data.responses import Coder, Row, pack_rows
+from stillhouse.data.responses import Coder
 from stillhouse.data.windows import WindowSplit
 from stillhouse.metrics.sequence_distance import Distance, sequence_js, sequence_kl
 from stillhouse.models.causal_lm import load_causal_lm
 from stillhouse.models.tokenizers import check_same_tokenizer
-from stillhouse.rl.policies import PolicySource, Share, prompts_of
+from stillhouse.rl.policies import PolicySource, Share, packed, prompts_of
 from stillhouse.tasks.language import DEMO, LanguageSystem, LanguageTask
 from stillhouse.tasks.oracle_language import OracleLanguage, oracle_network
 from stillhouse.tasks.pictures import curves_picture
@@ -200,9 +200,7 @@ class Protocol:
         prompts = prompts_of(task.windows.validation[list(range(count))], self.policies.system.prompt_tokens)
         seed = 7_919 + task.system.seed
         written = replace(self.policies.sampler(model, temperature=1.0), top_p=1.0).write(prompts, seed=seed)
-        rows: list[Row] = [(prompt, one.ids) for prompt, one in zip(prompts, written, strict=True)]
-        device = task.run.fabric
-        return [device.to_device(pack_rows(rows[at : at + 64], self.policies.coder.pad)) for at in range(0, count, 64)]
+        return list(map(task.run.fabric.to_device, packed(prompts, written, pad=self.policies.coder.pad, size=64)))
 
     def truth(self, name: str) -> tuple[nn.Module, list[Batch]]:
         """ "oracle" or "teacher", and what it wrote."""

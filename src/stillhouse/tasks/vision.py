@@ -30,8 +30,6 @@ from stillhouse.core.source import Source
 from stillhouse.core.stage import Context, Evaluate, Stage
 from stillhouse.core.train import Train
 from stillhouse.data.images import (
-    Augmented,
-    Change,
     Images,
     digits,
     gaussian_noise,
@@ -42,7 +40,7 @@ from stillhouse.data.images import (
     with_label_noise,
     with_noise,
 )
-from stillhouse.data.sources import Batches, passes_in, steps_in
+from stillhouse.data.sources import Augmented, Batches, Change, passes_in, steps_in
 from stillhouse.metrics.classification import ClassificationFigures, compare_classifiers, images_per_second
 from stillhouse.models.image_classifier import (
     classifier_from_spec,

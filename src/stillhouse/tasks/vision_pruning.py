@@ -21,7 +21,7 @@ from stillhouse.core.observed import Observed
 from stillhouse.core.stage import Context, Evaluate, Stage, Transform
 from stillhouse.core.train import Train
 from stillhouse.data.crops import random_resized_crop
-from stillhouse.data.images import Augmented, Images, gaussian_noise, in_turn
+from stillhouse.data.images import Images, gaussian_noise, in_turn
 from stillhouse.data.pruning_scores import (
     alpha_of_fraction,
     el2n_score,
@@ -32,7 +32,7 @@ from stillhouse.data.pruning_scores import (
     two_views,
 )
 from stillhouse.data.rows import TensorRows
-from stillhouse.data.sources import Batches
+from stillhouse.data.sources import Augmented, Batches
 from stillhouse.metrics.classification import predict
 from stillhouse.metrics.sample_scores import features_of, gradient_norms, last_linear
 from stillhouse.models.image_classifier import classifier_from_spec, new_image_classifier, with_classes

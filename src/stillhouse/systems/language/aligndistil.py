@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt
 
 from stillhouse.base.errors import ConfigError
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
@@ -46,6 +47,14 @@ class AlignDistil(PreferenceSystem):
         stages=3,
         role="self-improvement",
         skill="preferences",
+        facts=MethodFacts(
+            shared_tokenizer=False,
+            beside=("DPO model", "reverse DPO model"),
+            reward="beta0 log p_dpo/p_reverse, token by token",
+            divergence=("reverse-kl",),
+            own_text=1.0,
+            sampler="student",
+        ),
     )
     demo: ClassVar[dict[str, Any]] = {**PreferenceSystem.demo, "ratio": 3.0, "steps": 120}
     smoke: ClassVar[dict[str, Any]] = {**PreferenceSystem.smoke, "steps": 22}

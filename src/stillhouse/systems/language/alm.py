@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from stillhouse.base.errors import ConfigError
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective, Sum
 from stillhouse.core.observed import Observed
@@ -46,6 +47,7 @@ class ALM(CrossTokenizerSystem):
         knowledge=("response", "feature"),
         scheme=("offline", "self"),
         role="smaller models",
+        facts=MethodFacts(shared_tokenizer=False, drawing="nothing drawn", own_text=0.0, sampler="data"),
     )
     demo: ClassVar[dict[str, Any]] = {**CrossTokenizerSystem.demo, "steps": 300, "lr": 1e-3, "baseline": True}
     smoke: ClassVar[dict[str, Any]] = {"student": "teacher", "tokenizer": "bytes", "baseline": True}

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.system import Claim, Meta
 from stillhouse.rl.policies import AdaptiveReplay, Chooser
 from stillhouse.tasks.experiments import Experiment
@@ -34,6 +35,7 @@ class DistiLLM(PolicySystem):
         elicitation="feature",
         algorithm="divergence",
         role="smaller models",
+        facts=MethodFacts(),
     )
     divergence: DivergenceField = "skew-reverse"
     replay: ReplayField = 1000

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from stillhouse.base.errors import ConfigError
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
 from stillhouse.core.schedule import piecewise
@@ -52,6 +53,7 @@ class DistiLLM2(PolicySystem):
         algorithm="divergence",
         stages=2,
         role="smaller models",
+        facts=MethodFacts(),
     )
     divergence: DivergenceField = "skew-forward"
     own_divergence: OwnDivergenceField = "skew-reverse"

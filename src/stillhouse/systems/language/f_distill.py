@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.system import Claim, Meta
 from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.policies import (
@@ -40,6 +41,7 @@ class FDistill(PolicySystem):
         algorithm="divergence",
         stages=2,
         role="smaller models",
+        facts=MethodFacts(),
     )
     divergence: DivergenceField = "skew-forward"  # KL(p || (p + q) / 2)
     own_divergence: OwnDivergenceField = "skew-reverse"  # KL(q || (p + q) / 2)

@@ -94,7 +94,7 @@ class FidelityStudy(GridSystem):
         yield from study.run(self.cells(len(sizes)))
         student = yield study.product()
         yield task.evaluation({"student": student})
-        yield study.audit()
+        yield study.audit(self.sentence_encoder)
 
     def claims(self) -> list[Claim]:
         def arm(students: tuple[str, ...], *ways: str, **values: Any) -> dict[str, Any]:

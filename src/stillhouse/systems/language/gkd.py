@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.system import Claim, Meta
 from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.policies import DivergenceField, PolicySystem, ShareField
@@ -29,6 +30,7 @@ class GKD(PolicySystem):
         elicitation="feature",
         algorithm="divergence",
         role="smaller models",
+        facts=MethodFacts(),
     )
     divergence: DivergenceField = "jsd"
     on_policy: ShareField = 0.5

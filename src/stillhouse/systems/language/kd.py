@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Le
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
@@ -36,6 +37,7 @@ class KD(LanguageSystem):
         elicitation="feature",
         algorithm="divergence",
         role="smaller models",
+        facts=MethodFacts(drawing="nothing drawn", divergence=("forward-kl",), own_text=0.0, sampler="data"),
     )
     demo: ClassVar = {**LanguageSystem.demo, "temperature": 1.0}
 

@@ -32,7 +32,7 @@ from stillhouse.teachers.logit_api import LogitAPI, QueryBudget
 
 @dataclass(kw_only=True)
 class LogitLeakage(LanguageSystem):
-    """Clone what you can't steal: replication through logit leakage and distillation (2025).
+    """Clone what you can't steal: black-box LLM replication via logit leakage (Gharami et al., 2025, arXiv 2509.00973).
 
     Answers of an interface span the column space of its output matrix: an SVD finds its width and the matrix up to an
     invertible map. A shallower student wears it, frozen, and learns its blocks from tau^2 KL + ``labels`` CE. For
@@ -44,7 +44,8 @@ class LogitLeakage(LanguageSystem):
         title="Clone via logit leakage",
         domain="language",
         family="black-box extraction, logit KD",
-        citation="Clone What You Can't Steal: Black-Box LLM Replication via Logit Leakage and Distillation (2025)",
+        citation="Gharami, Aluvihare, Moni and Peköz (2025), Clone What You Can't Steal: Black-Box LLM Replication via "
+        "Logit Leakage and Distillation, IEEE TPS-ISA 2025, arXiv 2509.00973",
         feedback="logits",
         teacher_access="black-box",
         algorithm="divergence",

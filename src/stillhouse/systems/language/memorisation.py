@@ -28,7 +28,7 @@ from stillhouse.tasks.memorisation import continued, extraction, peeled, taught,
 
 @dataclass(kw_only=True)
 class Memorisation(LanguageSystem):
-    """Memorization dynamics in knowledge distillation for language models.
+    """Memorization dynamics in knowledge distillation for language models (Borkar et al., 2026, arXiv 2601.15394).
 
     Teacher, baseline (the student's size, on the text) and students (on the teacher's distributions: "soft"; on its
     greedy continuations: "hard") see the same sequences, and are asked for them word for word.
@@ -39,7 +39,8 @@ class Memorisation(LanguageSystem):
         title="Memorisation audit",
         domain="language",
         family="audit, privacy",
-        citation="Memorization Dynamics in Knowledge Distillation for Language Models",
+        citation="Borkar, Chadha, Mireshghallah, Zhang, Veliche, Mitra, Smith, Xu and Garcia-Olano (2026), "
+        "Memorization Dynamics in Knowledge Distillation for Language Models, arXiv 2601.15394",
         feedback=("logits", "traces"),
         granularity="sequence",
         algorithm=("divergence", "supervised fine-tuning"),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Lt
 
 from stillhouse.base.errors import ConfigError
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
@@ -54,6 +55,7 @@ class MiniLLM(PolicySystem):
         elicitation="feature",
         algorithm=("divergence", "reinforcement learning"),
         role="smaller models",
+        facts=MethodFacts(drawing="likelihood ratio", reward="log p/q of what follows, length-normalised"),
     )
     divergence: DivergenceField = "reverse-kl"
     on_policy: ShareField = 1.0

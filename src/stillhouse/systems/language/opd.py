@@ -6,12 +6,13 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.base.table import Column
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
 from stillhouse.core.system import Claim, Meta
-from stillhouse.tasks.corrective_walk import NOISES, CorrectiveWalk, exposure
+from stillhouse.tasks.corrective_walk import NOISES, CorrectiveWalk, excess_error, exposure
 from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.language import LanguageTask
 from stillhouse.tasks.policies import DivergenceField, PolicySystem, ShareField
@@ -38,6 +39,7 @@ class OnPolicyDistillation(PolicySystem):
         elicitation="feature",
         algorithm="divergence",
         role="smaller models",
+        facts=MethodFacts(),
     )
     demo: ClassVar[dict[str, Any]] = {
         "batch_size": 64,
@@ -56,7 +58,9 @@ class OnPolicyDistillation(PolicySystem):
         return (yield from (CorrectiveWalk if self.is_demo() else LanguageTask).prepare(self, run))
 
     def measured(self, task: LanguageTask, model: Any) -> dict[str, float]:
-        return exposure(model, seed=self.seed) if self.is_demo() else {}
+        if not self.is_demo():
+            return {}
+        return {**exposure(model, seed=self.seed), **excess_error(model, seed=self.seed)}
 
     def columns(self) -> list[Column]:
         pushed = "expert's moves, of the last three, after positions were replaced with this probability"

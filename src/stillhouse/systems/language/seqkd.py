@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.system import Claim, Meta
 from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.policies import BeamsField, DivergenceField, PolicySystem, TextField
@@ -31,6 +32,7 @@ class SeqKD(PolicySystem):
         algorithm="supervised fine-tuning",
         stages=2,
         role="smaller models",
+        facts=MethodFacts(shared_tokenizer=False, beside=(), drawing="nothing drawn"),
     )
     divergence: DivergenceField = "labels"
     text: TextField = "teacher"

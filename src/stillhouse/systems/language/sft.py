@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
@@ -29,6 +30,7 @@ class SFT(LanguageSystem):
         algorithm="supervised fine-tuning",
         knowledge="data",
         scheme="none",
+        facts=MethodFacts(shared_tokenizer=False, beside=(), drawing="nothing drawn", own_text=0.0, sampler="data"),
     )
     demo: ClassVar = {**LanguageSystem.demo, "baseline": False}
 

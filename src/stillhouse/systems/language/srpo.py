@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.base.table import Column
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.ema import EMA
@@ -55,6 +56,14 @@ class SRPO(ReasoningSystem):
         stages=1,
         role="self-improvement",
         skill="thinking patterns",
+        facts=MethodFacts(
+            shared_tokenizer=False,
+            beside=("self-teacher",),
+            reward="the verifier's, over its group's",
+            divergence=("jsd beta=0.5",),
+            own_text=1.0,
+            sampler="student",
+        ),
     )
     demo: ClassVar[dict[str, Any]] = {
         **ReasoningSystem.demo,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.observed import Observed
 from stillhouse.core.run import Run
@@ -39,6 +40,7 @@ class TAID(LanguageSystem):
         elicitation="feature",
         algorithm="divergence",
         role="smaller models",
+        facts=MethodFacts(drawing="nothing drawn", divergence=("forward-kl to p_t",), own_text=0.0, sampler="data"),
     )
 
     t_start: Annotated[float, "share of the teacher in the first target (0.2 for close pairs)", Ge(0), Le(1)] = 0.4

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from stillhouse.base.method_facts import MethodFacts
 from stillhouse.core.artifact import Artifact
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Stage
@@ -39,6 +40,7 @@ class TeacherHacking(HackingSystem):
         algorithm="divergence",
         stages=7,
         role="smaller models",
+        facts=MethodFacts(),
     )
     demo: ClassVar[dict[str, Any]] = {
         **LanguageSystem.demo,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
@@ -17,7 +17,7 @@ from stillhouse.objectives.lr_schedules import Decay, Method, Segment, decay_for
 from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.landscape import Valley
 from stillhouse.tasks.language import LanguageSystem, LanguageTask
-from stillhouse.tasks.segments import text_and_teacher, train_segments
+from stillhouse.tasks.segments import text_and_teacher, train_low, train_segments
 
 
 @dataclass(kw_only=True)
@@ -60,14 +60,11 @@ class WSDS(LanguageSystem):
     ] = ("wsd-s",)
     targets: Annotated[
         tuple[Annotated[float, Gt(0), Le(1)], ...], "budgets of the checkpoints, as shares", MinLen(1)
-    ] = (
-        0.25,
-        0.5,
-        1.0,
-    )
+    ] = (0.25, 0.5, 1.0)
     decay: Annotated[float, "length of a decay, as a share of its checkpoint's steps", Gt(0), Lt(1)] = 0.1
     form: Annotated[Decay, "shape of the decay"] = "inverse"
     floor: Annotated[float, "rate at the end of a decay, as a share of the peak", Ge(0), Le(1)] = 0.1
+    low: Annotated[float | None, "a constant share of the peak beside the last decay; none: no", Gt(0), Le(1)] = None
     distil: Annotated[float, "weight of the teacher's distribution; 0: the text alone", Ge(0), Le(1)] = 0.0
     warmup: Annotated[float, "share of the steps over which the learning rate rises", Ge(0), Lt(1)] = 0.01
     lr: Annotated[float, "peak learning rate of AdamW", Gt(0)] = 6e-4
@@ -79,11 +76,12 @@ class WSDS(LanguageSystem):
         for number, method in enumerate(self.schedules):
             segments = self.plan(method, steps)
             names = {} if number else {segments[-1].name: self.product}
-            left = yield from train_segments(
-                task, segments, prefix=f"{method}-", names=names, objective=partial(text_and_teacher, task, self.distil)
-            )
+            how: dict[str, Any] = {"prefix": f"{method}-", "objective": partial(text_and_teacher, task, self.distil)}
+            left = yield from train_segments(task, segments, names=names, **how)
             ends = {s.target: left[s.name] for s in segments if s.target is not None}
             models |= {f"{method} {share:.0%}": ends[target] for target, share in enumerate(sorted(self.targets))}
+            if self.low is not None:
+                models |= yield from train_low(task, segments, left, self.low, **how)
             if len(self.targets) > 1:
                 stable = [left[s.name] for s in segments if s.target is None]
                 lines = {"stable": stable, "decayed": [ends[target] for target in sorted(ends)]}
@@ -104,25 +102,30 @@ class WSDS(LanguageSystem):
             found = [value for key, value in figures.items() if key.endswith("%/val_loss")]
             return sum(found) / len(found)
 
+        def last_loss(figures: Mapping[str, float]) -> float:
+            return figures.get("wsd low rate/val_loss", figures["wsd 100%/val_loss"])
+
         budget = "equal steps up to every checkpoint, peak rates, batches and initial weights"
         three = Experiment("wsd-s", arms("wsd-s", "wsd", "cyclic-cosine", targets=(0.25, 0.5, 1.0)), budget)
         one = Experiment("wsd-s", arms("wsd", "cosine-runs", "cosine-cut", "constant", targets=(1.0,)), budget)
+        low_rate = {"schedules": ("wsd",), "targets": (1.0,), "low": 0.1}
+        beside = Experiment("wsd-s", {**arms("wsd", targets=(1.0,)), "low rate": low_rate}, budget)
         several = "mean loss on held-out text over the checkpoints at 25, 50 and 100 % of the budget, nats per token"
         final = "loss on held-out text at the end, nats per token"
         better = partial(three.claim, metric=several, figure=mean_loss, method="wsd-s", higher_is_better=False)
-        ends = partial(one.claim, metric=final, figure=mean_loss, method="wsd", higher_is_better=False)
+        final_loss: dict[str, Any] = {
+            "metric": final,
+            "method": "wsd",
+            "higher_is_better": False,
+            "scope": "consequence",
+        }
+        ends: Callable[..., Claim] = partial(one.claim, figure=mean_loss, **final_loss)
+        lower: Callable[..., Claim] = partial(beside.claim, figure=last_loss, **final_loss)
         return [
             better("WSD-S makes better checkpoints than WSD, whose decays are thrown away", baseline="wsd"),
             better("WSD-S makes better checkpoints than cosines restarted after each", baseline="cyclic-cosine"),
-            ends(
-                "a constant rate with a short decay beats the constant rate alone",
-                baseline="constant",
-                scope="consequence",
-            ),
-            ends(
-                "it beats a cosine made for twice the budget and cut half-way",
-                baseline="cosine-cut",
-                scope="consequence",
-            ),
-            ends("it beats a cosine made for this budget", baseline="cosine-runs", scope="consequence"),
+            ends("a constant rate with a short decay beats the constant rate alone", baseline="constant"),
+            ends("it beats a cosine made for twice the budget and cut half-way", baseline="cosine-cut"),
+            ends("it beats a cosine made for this budget", baseline="cosine-runs"),
+            lower("from stable weights a decay goes lower in its steps than a low constant rate", baseline="low rate"),
         ]
