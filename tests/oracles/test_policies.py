@@ -445,6 +445,13 @@ def test_members_are_configurations_of_one_family():
     assert value("seqkd", batch) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_todi_is_a_member_s_divergence():
+    """In value it is the sum of both KLs (Jung et al., 2025, arXiv 2505.16297), softened as they are."""
+    batch, softer = rows(1.0), {"temperature": 1.5}
+    both = sum(value("gkd", batch, divergence=one, **softer) for one in ("forward-kl", "reverse-kl"))
+    assert value("gkd", batch, divergence="todi", **softer) == pytest.approx(both, rel=1e-5)
+
+
 def test_without_own_text_there_is_one_divergence():
     """f-distill's own configuration for the data's text keeps its default for the student's, and does not need it."""
     system = get_system("f-distill").make(divergence="forward-kl", on_policy=0.0)

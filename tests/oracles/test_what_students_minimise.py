@@ -5,6 +5,7 @@ The losses have oracles of their own; these see that the system is made of them.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def test_uskd(materials, tmp_path):
     zipf = (1 / rank).scatter(1, y[:, None], 0.0)
     ranked = -summed(zipf / zipf.sum(-1, keepdim=True), others(z, y)).mean()
     parts = [-log_q_y.mean(), -a * (smoothed * log_q_y).mean(), b * ranked]
-    parts.append(mu * F.cross_entropy(weak, y, label_smoothing=smooth))
+    # the weak head's smoothed labels cost a KL to even ones: what these have of entropy, ln V, is left out
+    parts.append(mu * (F.cross_entropy(weak, y, label_smoothing=smooth) - smooth * math.log(z.shape[-1])))
     assert objective(batch).item() == pytest.approx(float(sum(parts)), rel=1e-4)
     assert min(abs(float(one / sum(parts))) for one in parts[1:]) > 1e-2  # none could be left out
 
@@ -117,8 +119,8 @@ def test_first(materials, tmp_path):
         return float((scaled.exp() * (scaled - own)).sum(-1).mean())
 
     found = staged.objective(stage)(batch).item()
-    assert found == pytest.approx(loss(c), rel=2e-3)  # what is kept is rounded
-    assert abs(loss(1.0) / loss(c) - 1) > 0.02
+    assert found == pytest.approx(loss(c), rel=1e-2)  # what is kept is rounded
+    assert abs(loss(1.0) / loss(c) - 1) > 0.05
 
 
 def test_swing(materials, tmp_path):
@@ -142,7 +144,7 @@ def test_swing(materials, tmp_path):
 
 
 def test_alm(materials, tmp_path):
-    """Binary cross-entropy of the chunks' likelihoods at a temperature, beside the text's; balanced where that is on."""
+    """Binary cross-entropy of the chunks' likelihoods at a temperature, beside the text's; balanced if asked for."""
     temperature, weight, text = 5.0, 1.7, 0.6
     more = {"binarisation": temperature, "match_weight": weight, "text_weight": text, "hidden_weight": 0.0}
     more |= {"debias": "none", "append_boundary": False, "balance": False}
@@ -151,7 +153,7 @@ def test_alm(materials, tmp_path):
     teacher, _ = load_causal_lm(str(materials.teacher))
     sides = []
     for network, side in ((teacher, batch["teacher"]), (model, batch)):
-        log_q = read(network, side).logits.log_softmax(-1)[:, :-1]
+        log_q = read(network, side).logits[:, :-1].log_softmax(-1)
         sides.append(log_q.gather(-1, side["input_ids"][:, 1:, None])[..., 0])
     events = []
     for row, chunks in enumerate(batch["chunks"].tolist()):
@@ -160,8 +162,7 @@ def test_alm(materials, tmp_path):
             b, a = (float(said[row][at].sum()) for said, at in zip(reversed(sides), own, strict=True))
             p, q = (torch.tensor(x / temperature).exp() for x in (a, b))
             events.append(float(-p * q.log() - (1 - p) * (1 - q).log()))
-    attended = batch["attention_mask"][:, 1:].bool() if "attention_mask" in batch else torch.ones_like(sides[1]) > 0
-    cross_entropy = -float(sides[1][attended].mean())
+    cross_entropy = -float(sides[1][batch["loss_mask"][:, 1:].bool()].mean())
     expected = weight * sum(events) / len(events) + text * cross_entropy
     assert len(events) > 10 and staged.objective(stage)(batch).item() == pytest.approx(expected, rel=1e-3)
 

@@ -60,10 +60,11 @@ def _drawn(rng: random.Random) -> Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class BeginnerCorpus(Corpus):
-    """Easier problems, in the tokens of a ``teacher`` of more: the embedded student's text."""
+    """Problems that are often worked wrongly, some of them easier, in the tokens of a ``teacher``: the student's text."""
 
     teacher: InstructedCorpus
-    short: float = 1.0
+    flawed: float = 0.5
+    short: float = 0.3
 
     def spoken(self) -> Corpus:
         return self.teacher

@@ -142,7 +142,7 @@ class AskingSystem(ReasoningSystem):
         "curation_template": "about {topic}:",
         "example_template": "{prompt}|{response}",
         "example_pattern": r"(?s)(.+?)\|(.+)",
-        "pretrain": 250,
+        "pretrain": 300,
         "max_new_tokens": 32,
         "batch_size": 16,
         "seed_epochs": 30.0,
@@ -205,9 +205,7 @@ class Asking:
             example_form=system.example_template,
             demonstrations=system.demonstrations,
         )
-        task = yield from ReasoningTask.prepare(
-            system, run, BeginnerCorpus(steps=system.pretrain, hidden_size=48, teacher=taught)
-        )
+        task = yield from ReasoningTask.prepare(system, run, BeginnerCorpus(steps=system.pretrain, teacher=taught))
         if teacher == DEMO:
             assert task.puzzle is not None
             teacher = str((yield pretrain("teacher", task.puzzle, task.held_out, taught)).path)
