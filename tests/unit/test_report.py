@@ -208,7 +208,7 @@ def test_figures_are_coloured_by_variables_and_named(source: str) -> None:
 
 def test_writing_twice_gives_the_same_bytes(run_dir: Path, source: str) -> None:
     """With figures that are drawn again, and with those that are kept."""
-    for kept in (report_page._line_plot, report_page._reliability_plot):
+    for kept in (report_html._line_plot, report_html._reliability_plot):
         kept.cache_clear()
     assert write_report(run_dir).read_text("utf-8") == source
     assert write_report(run_dir).read_text("utf-8") == source

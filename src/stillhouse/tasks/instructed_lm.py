@@ -60,11 +60,10 @@ def _drawn(rng: random.Random) -> Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class BeginnerCorpus(Corpus):
-    """Problems that are often worked wrongly, some of them easier, in the tokens of a ``teacher``: the student's text."""
+    """Problems of its own size and easier ones, in the tokens of a ``teacher`` of more: the embedded student's text."""
 
     teacher: InstructedCorpus
-    flawed: float = 0.5
-    short: float = 0.3
+    short: float = 0.5
 
     def spoken(self) -> Corpus:
         return self.teacher

@@ -205,7 +205,9 @@ class Asking:
             example_form=system.example_template,
             demonstrations=system.demonstrations,
         )
-        task = yield from ReasoningTask.prepare(system, run, BeginnerCorpus(steps=system.pretrain, teacher=taught))
+        task = yield from ReasoningTask.prepare(
+            system, run, BeginnerCorpus(steps=system.pretrain, hidden_size=48, teacher=taught)
+        )
         if teacher == DEMO:
             assert task.puzzle is not None
             teacher = str((yield pretrain("teacher", task.puzzle, task.held_out, taught)).path)
