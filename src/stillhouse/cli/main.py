@@ -22,7 +22,7 @@ from stillhouse.cli.choose import choose
 
 app = typer.Typer(
     name="stillhouse",
-    help="Staged distillation: 188 published systems as short compositions, on your models and data.",
+    help="Staged distillation: published systems as short compositions, on your models and data.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

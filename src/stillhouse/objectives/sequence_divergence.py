@@ -16,10 +16,9 @@ from stillhouse.core.observed import Batch
 from stillhouse.core.schedule import Progress
 from stillhouse.data.responses import response_tokens
 from stillhouse.losses.divergences import ReverseKL
-from stillhouse.losses.linear_divergence import linear_divergence
 from stillhouse.losses.policy_gradient import clipped_surrogate, later_in_row
 from stillhouse.losses.sparse_divergence import linear_topk_divergence
-from stillhouse.losses.token_logprobs import Head, token_logprobs
+from stillhouse.losses.token_logprobs import Head, head_divergence, token_logprobs
 from stillhouse.objectives.language import LanguageHead
 from stillhouse.objectives.responses import opened
 
@@ -102,29 +101,19 @@ class SequenceReverseKL(Term):
         weight_N: Tensor,
     ) -> Tensor:
         """The tokens' reverse KLs, weighed and summed."""
-        common: dict[str, Any] = {
-            "divergence": ReverseKL(),
-            "student_bias_V": student.bias,
-            "student_logit_scale": student.scale,
-            "student_softcap": student.softcap,
-            "weight_N": weight_N,
-            "vocab_size": self.vocab_size,
-            "reduction": "sum",
-        }
+        common: dict[str, Any] = {"weight_N": weight_N, "vocab_size": self.vocab_size, "reduction": "sum"}
         if teacher is None:
-            said = (batch[f"teacher_{name}"] for name in ("tokens", "log_p", "log_rest"))
-            return linear_topk_divergence(hidden_ND, student.weight, *said, **common).loss
-        target_NE, layer = teacher
-        return linear_divergence(
-            hidden_ND,
-            student.weight,
-            target_NE,
-            layer.weight,
-            teacher_bias_V=layer.bias,
-            teacher_logit_scale=layer.scale,
-            teacher_softcap=layer.softcap,
-            **common,
-        ).loss
+            return linear_topk_divergence(
+                hidden_ND,
+                student.weight,
+                *(batch[f"teacher_{name}"] for name in ("tokens", "log_p", "log_rest")),
+                divergence=ReverseKL(),
+                student_bias_V=student.bias,
+                student_logit_scale=student.scale,
+                student_softcap=student.softcap,
+                **common,
+            ).loss
+        return head_divergence(hidden_ND, student, *teacher, divergence=ReverseKL(), **common).loss
 
     def _weights(self, gain_N: Tensor) -> Tensor:
         """q / ((1 - share) q + share p), from log p / q."""

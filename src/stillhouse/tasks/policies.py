@@ -24,7 +24,7 @@ from stillhouse.core.objective import Objective
 from stillhouse.core.observed import Observed
 from stillhouse.core.run import Run
 from stillhouse.core.stage import Generate, Stage
-from stillhouse.data.responses import Coder, Row, pack_rows, response_tokens
+from stillhouse.data.responses import Coder, pack_rows, response_tokens
 from stillhouse.data.sources import Batches
 from stillhouse.data.text import load_text
 from stillhouse.data.windows import conversation_windows, tokenize_windows
@@ -44,7 +44,7 @@ from stillhouse.metrics.language import compare_causal_lms
 from stillhouse.objectives.cached import CachedTokenMatch
 from stillhouse.objectives.language import TokenCrossEntropy, TokenMatch, head_of
 from stillhouse.objectives.responses import response_logprobs
-from stillhouse.rl.policies import Chooser, PolicySource, ReusedText, Share, prompts_of
+from stillhouse.rl.policies import Chooser, PolicySource, ReusedText, Share, packed, prompts_of
 from stillhouse.rl.sampling import LiveSampler, ServerSampler, Writer, resting
 from stillhouse.tasks.language import LanguageSystem, LanguageTask, endpoint_of
 from stillhouse.tasks.language_cache import teacher_from_cache
@@ -476,8 +476,7 @@ class Policies:
         prompts = prompts_of(held_out[list(range(count))], self.system.prompt_tokens)
         sampler = self.sampler(model, temperature=1.0)
         written = sampler.write(prompts, seed=self.system.seed)
-        rows: list[Row] = [(prompt, one.ids) for prompt, one in zip(prompts, written, strict=True)]
-        parts = (pack_rows(rows[start : start + 8], self.coder.pad) for start in range(0, count, 8))
+        parts = packed(prompts, written, pad=self.coder.pad, size=8)
         batches = list(map(self.task.run.fabric.to_device, parts))
         grams = [one.ids[start : start + 4] for one in written for start in range(len(one.ids) - 3)]
         figures = {"distinct": len(set(grams)) / max(1, len(grams))}

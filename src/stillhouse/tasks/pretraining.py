@@ -238,8 +238,7 @@ class Pretraining:
 
     def fine_tune(self, name: str, start: Artifact, *, steps: int, lr: float, batch_size: int, read: int = 0) -> Train:
         """Supervised fine-tuning on the answers of the better data, from where ``read`` rows of it were left."""
-        begin = str(start.path)
-        task = replace(self.task, new_student=lambda: load_causal_lm(begin)[0].float())
+        task = self.task.beginning_as(start)
         stage = task.train(name, task.cross_entropy, steps=steps)
         _player(stage).optimizer = self.optimizer(lr)(_player(stage).trained[0].module)
         _player(stage).lr = cosine(1.0, 0.0, warmup=0.05)
@@ -250,8 +249,7 @@ class Pretraining:
 
     def prefer(self, name: str, start: Artifact, source: str, *, epochs: float, lr: float, beta: float) -> Train:
         """Direct preference optimization, the fine-tuned model being the reference."""
-        begin, system, coder = str(start.path), self.task.system, Coder(self.task.tokenizer)
-        task = replace(self.task, new_student=lambda: load_causal_lm(begin)[0].float())
+        task, system, coder = self.task.beginning_as(start), self.task.system, Coder(self.task.tokenizer)
         found = load_preferences(source, seed=system.seed)
         free = [p for p in found if p.chosen not in self.held_out]
         rows = [(coder.row(p.prompt, p.chosen), coder.row(p.prompt, p.rejected)) for p in free]
@@ -259,7 +257,8 @@ class Pretraining:
         if not fitting:
             raise ConfigError(f"preferences={source}: none of {len(rows)} pairs fits into window={system.window}")
 
-        frozen = Observed(load_causal_lm(begin)[0], frozen=True, name="reference", options={"use_cache": False})
+        reference, _ = load_causal_lm(str(start.path))
+        frozen = Observed(reference, frozen=True, name="reference", options={"use_cache": False})
 
         batches = Batches(fitting, max(1, system.batch_size // 2), seed=system.seed, collate=coder.pairs)
         steps = max(1, round(epochs * len(batches)))
@@ -273,8 +272,7 @@ class Pretraining:
 
     def experts(self, name: str, start: Artifact, *, steps: int, active: int, balance: float) -> Train:
         """Go on with an upcycled model on the text, its routers kept balanced."""
-        begin = str(start.path)
-        task = replace(self.task, new_student=lambda: load_causal_lm(begin)[0].float())
+        task = self.task.beginning_as(start)
 
         def objective(student: Observed) -> Objective:
             routers = [student.tap(path, index=0) for path in router_paths(student.module)]
