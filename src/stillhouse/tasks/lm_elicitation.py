@@ -282,7 +282,7 @@ class Asking:
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             if system.chat is False:
                 tokenizer.chat_template = None
-            model.to(self.run.fabric.device)  # type: ignore[arg-type]
+            model.to(self.run.fabric.device)
             local = LocalTeacher(who, model, tokenizer, sampling=sampling, batch_size=TOGETHER)
             yield from local.answers(left, everything=keyed)
 
