@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stillhouse import Observed
 from stillhouse.base.errors import ConfigError, DataError
@@ -18,7 +18,7 @@ from stillhouse.core.schedule import Progress
 from stillhouse.data.responses import pack_rows
 from stillhouse.losses.preference import dpo_loss, redi_loss, simpo_loss
 from stillhouse.metrics.reasoning import collapsed, pass_at_k
-from stillhouse.objectives import LanguageHead, TokenCrossEntropy
+from stillhouse.objectives import TokenCrossEntropy
 from stillhouse.objectives.responses import PairLoss, Pairs
 from stillhouse.systems import get_system
 from stillhouse.tasks.traces import Said, TracePairs, both, write_traces
@@ -26,25 +26,9 @@ from stillhouse.tasks.traces import Said, TracePairs, both, write_traces
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("faults", "systems")]
 import helpers
 from _endpoint import Endpoint, serving, status
+from table_lm import Table, head
 
 V = 7
-
-
-class Table(nn.Module):
-    """A language model whose logits after a token are a row of a table."""
-
-    def __init__(self, logits_VV: Tensor) -> None:
-        super().__init__()
-        self.embed = nn.Embedding.from_pretrained(logits_VV.clone(), freeze=False)
-        self.head = nn.Linear(V, V, bias=False, dtype=logits_VV.dtype)
-        self.head.weight = nn.Parameter(torch.eye(V, dtype=logits_VV.dtype), requires_grad=False)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.head(self.embed(input_ids))
-
-
-def head(model: Observed) -> LanguageHead:
-    return LanguageHead(model.tap("head", of="input"), model.parameter("head.weight"))
 
 
 def table(seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import staged
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stillhouse import Observed
 from stillhouse.base.errors import ConfigError, DataError
@@ -20,32 +20,15 @@ from stillhouse.core.schedule import Progress
 from stillhouse.data.responses import Coder, pack_rows
 from stillhouse.data.text import load_text
 from stillhouse.models.causal_lm import load_causal_lm
-from stillhouse.objectives import LanguageHead
 from stillhouse.objectives.responses import preferring
 from stillhouse.systems import get_system
 from stillhouse.tasks.self_play import given_responses
 
 sys.path.append(str(Path(__file__).parents[1] / "systems"))
 import helpers
+from table_lm import Table, head
 
 V, BETA = 4, 0.3
-
-
-class Table(nn.Module):
-    """A language model whose logits after a token are a row of a table."""
-
-    def __init__(self, logits_VV: Tensor) -> None:
-        super().__init__()
-        self.embed = nn.Embedding.from_pretrained(logits_VV.clone(), freeze=False)
-        self.head = nn.Linear(V, V, bias=False, dtype=logits_VV.dtype)
-        self.head.weight = nn.Parameter(torch.eye(V, dtype=logits_VV.dtype), requires_grad=False)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.head(self.embed(input_ids))
-
-
-def head(model: Observed) -> LanguageHead:
-    return LanguageHead(model.tap("head", of="input"), model.parameter("head.weight"))
 
 
 def table(seed: int) -> Tensor:

@@ -7,36 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from table_lm import Table, head
 from torch import Tensor, nn
 
 from stillhouse import Observed
 from stillhouse.core.ema import EMA
-from stillhouse.core.observed import Turn, View
+from stillhouse.core.observed import Turn
 from stillhouse.core.schedule import Progress
 from stillhouse.data.responses import pack_rows
-from stillhouse.objectives import LanguageHead
 from stillhouse.objectives.responses import PolicyGradient, RoutedDistillation
 from stillhouse.systems import get_system
 
 V = 7
 DOUBLE = torch.float64
-
-
-class Table(nn.Module):
-    """A language model whose logits after a token are a row of a table."""
-
-    def __init__(self, logits_VV: Tensor) -> None:
-        super().__init__()
-        self.embed = nn.Embedding.from_pretrained(logits_VV.clone(), freeze=False)
-        self.head = nn.Linear(V, V, bias=False, dtype=logits_VV.dtype)
-        self.head.weight = nn.Parameter(torch.eye(V, dtype=logits_VV.dtype), requires_grad=False)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.head(self.embed(input_ids))
-
-
-def head(model: Observed | View) -> LanguageHead:
-    return LanguageHead(model.tap("head", of="input"), model.parameter("head.weight"))
 
 
 def table(seed: int) -> Tensor:
