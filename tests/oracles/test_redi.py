@@ -256,7 +256,7 @@ def test_traces_are_verified_and_paired(tmp_path):
     ]
     pairs = TracePairs.read(task, artifact, max_prompt=10, max_response=10)
     assert len(pairs.right) == 2 and len(pairs.pairs) == 1
-    batch = pairs.collate(pairs.pairs)
+    batch = pairs.task.coder.pairs(pairs.pairs)
     assert batch["input_ids"].shape[0] == 2  # the right one, then the wrong one
     assert batch["input_ids"][0, -2] == 1 + ord("4") % (V - 1)
     with pytest.raises(DataError, match=r"2 of 3 have a right one, 2 a wrong one"):

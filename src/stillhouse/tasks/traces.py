@@ -287,10 +287,6 @@ class TracePairs:
             )
         return TracePairs(task, right, pairs)
 
-    def collate(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        """A batch for `PairLoss`: the right ones, then the wrong ones."""
-        return self.task.coder.batch([right for right, _ in pairs] + [wrong for _, wrong in pairs])
-
     def fine_tune(self, name: str, *, epochs: float, batch_size: int, lr: float) -> Train:
         """The stage that trains the base model on the right traces; the learning rate falls to 0."""
         student = self._student(name, self.task.base)
@@ -317,7 +313,7 @@ class TracePairs:
         student = self._student(name, start)
         frozen = Observed(self.task.load(start), frozen=True, name="reference") if reference else None
         objective = PairLoss(head_of(student), loss, reference=head_of(frozen) if frozen else None, name=term)
-        source = Batches(self.pairs, batch_size, seed=self.task.system.seed, collate=self.collate)
+        source = Batches(self.pairs, batch_size, seed=self.task.system.seed, collate=self.task.coder.pairs)
         return self._train(student, objective, source, epochs)
 
     def _student(self, name: str, start: str | Artifact) -> Observed:
@@ -337,7 +333,8 @@ class TracePairs:
         """Mean log-probability per token of the right and the wrong traces (of the first ``most`` pairs)."""
         head, sums = head_of(Observed(model, options={"use_cache": False})), torch.zeros(2, 2)
         for start in range(0, min(most, len(self.pairs)), 8):
-            batch: Mapping[str, Any] = self.task.run.fabric.to_device(self.collate(self.pairs[start : start + 8]))
+            pairs = self.task.coder.pairs(self.pairs[start : start + 8])
+            batch: Mapping[str, Any] = self.task.run.fabric.to_device(pairs)
             with resting(model), self.task.run.fabric.autocast():
                 logp_N = response_logprobs(head, batch).cpu()
             row_N = response_tokens(batch)[2].cpu()
