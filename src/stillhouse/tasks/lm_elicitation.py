@@ -142,7 +142,7 @@ class AskingSystem(ReasoningSystem):
         "curation_template": "about {topic}:",
         "example_template": "{prompt}|{response}",
         "example_pattern": r"(?s)(.+?)\|(.+)",
-        "pretrain": 300,
+        "pretrain": 200,
         "max_new_tokens": 32,
         "batch_size": 16,
         "seed_epochs": 30.0,
