@@ -64,8 +64,12 @@ class Plan:
 
 
 def systems_with(**wanted: Values) -> dict[str, str | None]:
-    """Language systems whose every named axis has one of the words, with their verdicts, those shown first."""
-    rows = [row(system) for system in all_systems().values() if system.meta.domain == "language"]
+    """Language systems whose every named axis has one of the words, with their verdicts, those shown first.
+
+    Without tours of a survey: they have many words on every axis, but not all of them together.
+    """
+    systems = [one for one in all_systems().values() if one.meta.domain == "language" and not one.recipes]
+    rows = [row(system) for system in systems]
     fitting = [one for one in rows if all(set(checked(axis, words)) & set(one[axis]) for axis, words in wanted.items())]
     return {one["name"]: one["verdict"] for one in sorted(fitting, key=lambda one: one["verdict"] != "shown")}
 

@@ -52,6 +52,12 @@ def test_queries_intersect():
     assert both < set(all_systems())
 
 
+def test_a_tour_of_a_survey_fits_no_stage():
+    """It has logits and on-policy text among its words, but no arm of it has both."""
+    assert all_systems()["elicitation-lm"].meta.domain == "language"
+    assert "elicitation-lm" not in systems_with(policy="on-policy", feedback="logits")
+
+
 def test_words_name_rule_systems_and_memory():
     said = in_words(plan(1e9, teacher=8e9))
     assert "1. off-policy: 70M tokens" in said and "teacher 14.9 GiB" in said and "gkd" in said
