@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -137,6 +138,24 @@ def test_minillm_with_a_teacher_behind_an_endpoint_is_minillm_with_the_same_teac
             run("minillm", materials, tmp_path / wrong, teacher=served.url, **{**fields, wrong: line[0]})
 
 
+def test_guesses_are_ranked_over_an_endpoint_as_by_the_same_teacher_here(materials, served, tmp_path):
+    """Whatever the number of guesses: the texts, and how likely each of them is."""
+    words = helpers.WORDS
+    records = [{"prompt": f"the {a} sees {b}", "answer": f" and # {a}"} for a in words[:5] for b in words[5:9]]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    fields = {"model": str(materials.teacher), "data": str(data), "labelled": 6, "batch_size": 4, "steps": 2}
+    fields |= {"max_new_tokens": 6, "asked": 8, "ask": "feedback", "learn": "dpo", "guesses": 3, "eval_samples": 1}
+    found = []
+    for name, teacher in {"here": str(materials.teacher), "there": served.url}.items():
+        done = run_system("elicitation-lm", {**fields, "teacher": teacher}, output=tmp_path / name, quiet=True)
+        table = pq.read_table(done.artifacts["opinions"].data_file()).to_pylist()
+        found.append({row["key"]: row["scores"] for row in table})
+    assert len(found[0]) > 4 and found[0].keys() == found[1].keys()
+    for key, scores in found[0].items():
+        assert found[1][key] == pytest.approx(scores, abs=1e-4)
+
+
 def test_a_teacher_that_is_kept_teaches_the_same(materials, tmp_path):
     here = run("gkd", materials, tmp_path / "here", on_policy=0.0)
     assert close(here, run("gkd", materials, tmp_path / "kept", on_policy=0.0, teacher_topk=10_000))
@@ -157,8 +176,6 @@ def test_a_chat_model_answers_the_training_conversations_only(materials, served,
     run("seqkd", materials, tmp_path / "run", **fields)
     asked = {body["messages"][-1]["content"] for body in served.asked}
     assert 20 < len(asked) == len(served.asked) < 40  # a quarter or so is held out
-    import pyarrow.parquet as pq
-
     written = pq.read_table(stage_artifacts(tmp_path / "run")["teacher-text"].data_file()).to_pylist()
     assert {json.loads(record["turns"])[-1]["content"] for record in written} == {"the river sees old"}
 
