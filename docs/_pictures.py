@@ -43,6 +43,8 @@ from stillhouse.tasks.canaries import LETTERS, Canaries, make_language
 from stillhouse.tasks.choices import Choices
 from stillhouse.tasks.encoder import demo_text
 from stillhouse.tasks.in_context import KeyMaps
+from stillhouse.tasks.instructed_lm import InstructedCorpus
+from stillhouse.tasks.lm_elicitation import AskingSystem
 from stillhouse.tasks.long_context import Lexicon, make_document
 from stillhouse.tasks.long_context_pictures import documents_picture
 from stillhouse.tasks.pictures import sample_picture
@@ -316,6 +318,27 @@ def reasoning() -> str:
     return table(("prompt", "trace", "flawed trace", "answer"), rows, (28, 34, 34, 14))
 
 
+def instructions(each: int = 2) -> str:
+    """What the embedded teacher learns to write to the three instructions."""
+    demo, chance = AskingSystem.demo, random.Random(1)
+    corpus = InstructedCorpus(
+        steps=1,
+        answer=demo["answer_template"],
+        expansion=demo["expansion_template"],
+        curation=demo["curation_template"],
+        example_form=demo["example_template"],
+        demonstrations=demo["demonstrations"],
+    )
+    ways: dict[str, list[tuple[str, str]]] = {"labelling": [], "expansion": [], "curation": []}
+    begins = {"expansion": demo["expansion_template"][:4], "curation": demo["curation_template"][:4]}
+    while any(len(found) < each for found in ways.values()):
+        asked, written = corpus.example(ArithmeticChain(), chance, set())
+        way = next((name for name, first in begins.items() if asked.startswith(first)), "labelling")
+        ways[way].append((" ".join(asked.split()), written))
+    rows = [(way, *pair) for way, found in ways.items() for pair in found[:each]]
+    return table(("ask=", "what the teacher reads", "what it writes"), rows, (14, 58, 34))
+
+
 def agents() -> str:
     """One exchange, what the rule makes of it, and a question that it answers."""
     recall = embedded_recall(exchanges=40, queries=10, seed=0)
@@ -448,6 +471,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "graphs": lambda: graphs(molecules(40, seed=0)),
     "in-context": in_context,
     "language": language,
+    "lm-elicitation": instructions,
     "long-context": long_documents,
     "masked-images": masked_images,
     "merged-starts": merging,
