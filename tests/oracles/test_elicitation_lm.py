@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from staged import player
 from torch import Tensor
 from watching import watched
 
@@ -152,6 +153,23 @@ def test_nobody_reads_the_answers_of_the_pool(ask, materials, tmp_path, scripted
     assert all(torch.equal(one[name], two[name]) for name in one)
     taught = [prompt for _, prompt in scripted.asked]
     assert not [text for text in taught if any(prompt in text for prompt in known)]  # the others are asked about
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_the_student_minimises_the_loss_of_the_seeds_and_of_what_was_elicited(weight, materials, tmp_path, scripted):
+    stages, _ = walked(small(materials, tmp_path, ask="labelling", weight=weight), tmp_path)
+    learner = player(stages["student"])
+    batch, model = next(stages["student"].source), learner.trained[0].module.eval()
+
+    def cross_entropy(rows: Any) -> Tensor:
+        on = rows["loss_mask"][:, 1:].bool()
+        logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits[on], rows["input_ids"][:, 1:][on])
+
+    elicited, seeds = cross_entropy(batch), cross_entropy(batch["text"])
+    assert learner.objective(batch, 0.0).item() == pytest.approx((seeds + weight * elicited).item(), rel=1e-4)
+    assert abs(elicited - seeds) > 1e-2
 
 
 def test_what_is_labelled_is_the_teacher_s_and_stands_beside_the_seeds(materials, tmp_path, scripted):

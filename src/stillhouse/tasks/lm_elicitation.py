@@ -133,8 +133,8 @@ class AskingSystem(ReasoningSystem):
 
     demo: ClassVar[dict[str, Any]] = {
         **ReasoningSystem.demo,
-        "problems": 460,
-        "labelled": 60,
+        "problems": 416,
+        "labelled": 16,
         "asked": 400,
         "demonstrations": 2,
         "answer_template": "{prompt}",

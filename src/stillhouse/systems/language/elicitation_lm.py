@@ -108,7 +108,7 @@ class ElicitationLM(AskingSystem):
             **{ask: {"ask": ask} for ask in ("labelling", "feature", "self-knowledge", "feedback")},
             **{f"{ask} from seeds alone": {"ask": ask, "pool": "seeds"} for ask in ("labelling", "expansion")},
         }
-        claim = Experiment("elicitation-lm", arms, "60 seeds; equal steps, batches and initial weights").claim
+        claim = Experiment("elicitation-lm", arms, "16 seeds; equal steps, batches and initial weights").claim
         accuracy = ("share of right answers to held-out problems", "student/accuracy")
         also: dict[str, Any] = {"scope": "consequence"}
         created = "a teacher that writes new problems teaches more than one that answers those at hand"
