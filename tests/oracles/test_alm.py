@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
@@ -48,7 +49,7 @@ from stillhouse.losses.divergences import ForwardKL
 from stillhouse.losses.token_logprobs import Head
 from stillhouse.metrics.cross_tokenizer import Ensemble, begin_alike, compare_across_tokenizers
 from stillhouse.models import new_causal_lm, train_bpe
-from stillhouse.models.tokenizer_transfer import bpe_like, byte_tokenizer, transplant
+from stillhouse.models.tokenizer_transfer import bpe_like, byte_tokenizer, put_embeddings, transplant
 from stillhouse.objectives.cross_tokenizer import (
     ChunkHidden,
     ChunkMatch,
@@ -771,6 +772,40 @@ def test_the_same_tokenizer_changes_nothing(tokens, tied, untie, tmp_path: Path)
     torch.testing.assert_close(again(input_ids=ids).logits, made(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_predicted_embeddings_are_put_in(tied, tmp_path: Path):
+    net, given = model(6, 0, tie_word_embeddings=tied), {"input": torch.randn(6, 16)}
+    given |= {} if tied else {"output": torch.randn(6, 16)}
+    assert given["input"].shape == net.get_input_embeddings().weight.shape
+    before = net.get_output_embeddings().weight.clone()
+    save_file({"input": given["input"]}, tmp_path / "input.safetensors")
+    put_embeddings(net, tmp_path / "input.safetensors")
+    assert torch.equal(net.get_input_embeddings().weight, given["input"])
+    assert torch.equal(net.get_output_embeddings().weight, given["input"] if tied else before)
+    save_file(given, tmp_path / "both.safetensors")
+    put_embeddings(net, tmp_path / "both.safetensors")
+    assert torch.equal(net.get_output_embeddings().weight, given.get("output", given["input"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"input": torch.ones(5, 16)}, r"input has shape \(5, 16\)"),
+        ({"output": torch.ones(6, 16)}, "this model takes input alone"),
+        ({"input": torch.ones(6, 16), "output": torch.ones(6, 16)}, "its head shares them, see untie"),
+        (None, "give a safetensors file"),
+    ],
+)
+def test_predicted_embeddings_that_do_not_fit(given, said, tmp_path: Path):
+    file = tmp_path / "given.safetensors"
+    if given is None:
+        file.write_text("no tensors")
+    else:
+        save_file(given, file)
+    with pytest.raises(ModelError, match=said):
+        put_embeddings(model(6, 0, tie_word_embeddings=True), file)
+
+
 def test_bytes_that_no_old_token_writes_are_drawn_alike_for_a_seed():
     weight = torch.arange(12.0).reshape(4, 3)
     net = model(4, 0)
@@ -1004,6 +1039,21 @@ def test_conversations_pairs_and_another_student(folder, tmp_path):
     assert all(math.isfinite(found[f"{name}/bits_per_byte"]) for name in ("teacher", "student", "partner", "ensemble"))
 
 
+def test_a_student_begins_with_the_embeddings_that_were_predicted(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    def embedded(name: str, **more: Any) -> torch.Tensor:
+        run(folder, tmp_path / name, tokenizer="bpe:280", steps=1, lr=1e-12, **more)
+        (left,) = (tmp_path / name / "stages").glob("*-student/artifact")
+        student = AutoModelForCausalLM.from_pretrained(left)
+        return student.get_input_embeddings().weight.detach()
+
+    ruled = embedded("ruled")
+    save_file({"input": torch.full_like(ruled, 0.5)}, tmp_path / "predicted.safetensors")
+    predicted = embedded("predicted", embeddings=str(tmp_path / "predicted.safetensors"))
+    assert torch.allclose(predicted, torch.full_like(predicted, 0.5)) and not torch.allclose(ruled, predicted, atol=0.1)
+
+
 def test_text_alone_and_dskd_as_arms(folder, tmp_path):
     for match in ("none", "dskd"):
         found = run(folder, tmp_path / match, match=match, hidden_weight=0.0, student="layers=1", tokenizer="bpe:280")
@@ -1046,8 +1096,10 @@ def test_audits_that_compare_token_by_token_are_refused(folder, tmp_path):
     ("values", "message"),
     [
         ({"packing": True}, "packed conversations"),
-        ({"expand": True, "student": "layers=1"}, "expand=true needs a student"),
+        ({"expand": True, "student": "layers=1"}, "expand needs a student"),
         ({"expand": True, "tokenizer": "bpe:280"}, "tokenizers of bytes"),
+        ({"embeddings": "x.safetensors", "student": "layers=1"}, "embeddings needs a student"),
+        ({"embeddings": "x.safetensors", "tokenizer": "bpe:280"}, "give a safetensors file"),
         ({"tokenizer": "bpe:many"}, "write bpe:N"),
         ({"tokenizer": "bpe:20"}, "vocab_size=20"),
         ({"teacher": "http://localhost:1/v1#m"}, "likelihoods"),

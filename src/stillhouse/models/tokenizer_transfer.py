@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stillhouse.base.errors import ModelError
+from stillhouse.base.errors import ModelError, near, one_line
 from stillhouse.models.tokenizers import real_vocab_size, train_bpe
 
 if TYPE_CHECKING:
@@ -90,6 +93,36 @@ def transplant(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(made.generation_config, name, getattr(tokenizer, name))
     return made
+
+
+@torch.no_grad()
+def put_embeddings(model: PreTrainedModel, file: Path) -> None:
+    """Give a model the embeddings in a safetensors file, such as a hypernetwork predicted for its tokenizer.
+
+    ``input`` (V, D) are those of the tokens; ``output`` (V, D) the rows of the head, where it has a matrix of its own,
+    which stays as it is if there are none.
+
+    Raises:
+        ModelError: a file that cannot be read, has no ``input``, or does not fit.
+    """
+    try:
+        given = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"embeddings={file}: {one_line(error)}; give a safetensors file{near(file)}") from error
+    embedded, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    places = {"input": embedded} | ({} if head is embedded else {"output": head})
+    if "input" not in given or given.keys() - places.keys():
+        raise ModelError(
+            f"embeddings={file} holds {', '.join(sorted(given)) or 'nothing'}; this model takes input"
+            + (" and output" if "output" in places else " alone: its head shares them, see untie")
+        )
+    for name, rows_VD in given.items():
+        if rows_VD.shape != places[name].shape:
+            raise ModelError(
+                f"embeddings={file}: {name} has shape {tuple(rows_VD.shape)}; with this tokenizer it must be "
+                f"{tuple(places[name].shape)}"
+            )
+        places[name].copy_(rows_VD)
 
 
 def _mixed(weight_VD: Tensor, parts: Sequence[Sequence[int]], generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -33,7 +34,13 @@ from stillhouse.metrics.cross_tokenizer import Ensemble, compare_across_tokenize
 from stillhouse.models.causal_lm import load_causal_lm, new_causal_lm, parameter_count, read_config, student_from_spec
 from stillhouse.models.input_expansion import check_spelled, expanded
 from stillhouse.models.loading import load_tokenizer, local_folder
-from stillhouse.models.tokenizer_transfer import bpe_like, byte_tokenizer, transplant, with_vocabulary
+from stillhouse.models.tokenizer_transfer import (
+    bpe_like,
+    byte_tokenizer,
+    put_embeddings,
+    transplant,
+    with_vocabulary,
+)
 from stillhouse.models.tokenizers import check_same_tokenizer
 from stillhouse.objectives.language import head_of
 from stillhouse.tasks.language import LanguageSystem, LanguageTask, Measure, TaughtText, endpoint_of
@@ -63,6 +70,11 @@ class CrossTokenizerSystem(LanguageSystem):
     ] = None
     untie: Annotated[
         bool | None, "give a student with a new tokenizer a head of its own; by default only one of bytes"
+    ] = None
+    embeddings: Annotated[
+        str | None,
+        "safetensors file with the new tokens' embeddings (input, output), as a hypernetwork predicts them; by default "
+        "they are made of the old ones",
     ] = None
     expand: Annotated[
         bool, "bytes: add to each one's embedding that of the longest of the old tokens that ends with it"
@@ -298,8 +310,9 @@ def _student(system: CrossTokenizerSystem, whole: TaughtText) -> tuple[Any, Call
     wanted = system.tokenizer
     if wanted is None:
         wanted = BYTES if described or spec == TEACHER else None
-    if system.expand and (described or wanted is None):
-        raise ConfigError("expand=true needs a student whose own embeddings a new tokenizer replaces; leave it")
+    for name in ("expand", "embeddings"):
+        if vars(system)[name] and (described or wanted is None):
+            raise ConfigError(f"{name} needs a student whose own embeddings a new tokenizer replaces; leave it out")
     if wanted is None:
         return own, lambda: load_causal_lm(spec, dtype=torch.float32, trust_remote_code=remote)[0]
     tokenizer = _tokenizer(wanted, whole, remote)
@@ -323,6 +336,8 @@ def _student(system: CrossTokenizerSystem, whole: TaughtText) -> tuple[Any, Call
         else:
             model, _ = load_causal_lm(spec, dtype=torch.float32, trust_remote_code=remote)
         moved = transplant(model, parts, tokenizer, untie=untie, seed=seed)
+        if system.embeddings is not None:
+            put_embeddings(moved, Path(system.embeddings))
         if written is not None:
             moved = expanded(moved, model.get_input_embeddings(), written)
         return moved.requires_grad_(True)
