@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ from stillhouse.objectives.language import head_of
 from stillhouse.objectives.responses import PolicyGradient, RoutedDistillation
 from stillhouse.rl.hints import Hints
 from stillhouse.rl.rollouts import RolloutSource
+from stillhouse.tasks.experiments import Experiment
 from stillhouse.tasks.reasoning import Corpus, ReasoningSystem, ReasoningTask
 
 
@@ -176,27 +177,15 @@ class SRPO(ReasoningSystem):
         )
 
     def claims(self) -> list[Claim]:
-        central = Claim(
-            statement="sample routing ends with a higher accuracy than group-relative policy optimisation alone",
-            metric="share of sampled answers to held-out problems that are right",
-            method="srpo",
-            baseline="grpo",
-            variants={name: ("srpo", {"variant": name, "steps": 40}) for name in ("srpo", "grpo")},
-            measure=lambda artifacts: artifacts["evaluation"].metrics["student/accuracy"],
-            higher_is_better=True,
-            seeds=3,
-            budget="equal rollouts, steps and learning rate (3e-4) from the same pre-trained policy",
-        )
+        variants = {name: {"variant": name, "steps": 40} for name in ("srpo", "grpo")}
         corrupted = {"corrupt": 0.3, "steps": 40}
-        weighting = replace(
-            central,
-            statement="where three in ten hints belong to other problems, weighing tokens by certainty helps",
-            method="weighted",
-            baseline="unweighted",
-            variants={
-                "weighted": ("srpo", corrupted),
-                "unweighted": ("srpo", {**corrupted, "weighting": False}),
-            },
-            scope="consequence",
-        )
-        return [central, weighting]
+        weights: dict[str, dict[str, Any]] = {"weighted": corrupted, "unweighted": {**corrupted, "weighting": False}}
+        budget = "equal rollouts, steps and learning rate (3e-4) from the same pre-trained policy"
+        accuracy = "share of sampled answers to held-out problems that are right", "student/accuracy"
+        routing = "sample routing ends with a higher accuracy than group-relative policy optimisation alone"
+        weighing = "where three in ten hints belong to other problems, weighing tokens by certainty helps"
+        weighed = Experiment("srpo", weights, budget)
+        return [
+            Experiment("srpo", variants, budget).claim(routing, *accuracy, "srpo", "grpo"),
+            weighed.claim(weighing, *accuracy, "weighted", "unweighted", scope="consequence"),
+        ]
