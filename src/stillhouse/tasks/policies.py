@@ -27,7 +27,7 @@ from stillhouse.core.stage import Generate, Stage
 from stillhouse.data.responses import Coder, pack_rows, response_tokens
 from stillhouse.data.sources import Batches
 from stillhouse.data.text import load_text
-from stillhouse.data.windows import conversation_windows, tokenize_windows
+from stillhouse.data.windows import conversation_windows
 from stillhouse.losses.divergences import (
     AlphaBeta,
     ForwardKL,
@@ -46,7 +46,7 @@ from stillhouse.objectives.language import TokenCrossEntropy, TokenMatch, head_o
 from stillhouse.objectives.responses import response_logprobs
 from stillhouse.rl.policies import Chooser, PolicySource, ReusedText, Share, packed, prompts_of
 from stillhouse.rl.sampling import LiveSampler, ServerSampler, Writer, resting
-from stillhouse.tasks.language import LanguageSystem, LanguageTask, endpoint_of
+from stillhouse.tasks.language import LanguageSystem, LanguageTask, endpoint_of, windows_of
 from stillhouse.tasks.language_cache import teacher_from_cache
 from stillhouse.teachers.answers import Request, Sampling
 from stillhouse.teachers.cache import Numbered, model_fingerprint
@@ -381,13 +381,8 @@ class Policies:
         system = self.system
         if not system.lm_weight or system.lm_data is None:
             return self.task.batches() if system.lm_weight else None
-        windows = tokenize_windows(
-            load_text(system.lm_data, on_bad_record=system.on_bad_record),
-            self.task.tokenizer,
-            window=system.window,
-            validation=system.validation,
-            selection=system.selection,
-        )
+        data = load_text(system.lm_data, on_bad_record=system.on_bad_record)
+        windows = windows_of(system, data, self.task.tokenizer)
         return Batches(windows.train, system.batch_size, seed=system.seed, gather=True)
 
     # -- the teacher's text -----------------------------------------------------------------------------------------
